@@ -1,0 +1,1 @@
+"""TA-LoRA for the Segment Anything Model, as a PEFT method."""

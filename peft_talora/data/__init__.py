@@ -1,0 +1,1 @@
+"""Datasets of dense labels, and the contract of a sample."""
