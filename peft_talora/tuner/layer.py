@@ -1,0 +1,253 @@
+"""The TA-LoRA layer: a frozen linear layer and its update tensor.
+
+Axes: T tasks, K rank of the task factor, O rank of the output factor, R rank of the input factor (`r`), D_out and D_in
+the base layer's sizes, N rows of the effective batch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+
+from .config import QKV_PARTS, TALoRAConfig
+from .task_state import TaskState, task_index
+
+
+class TALoRALayer(BaseTunerLayer):
+    r"""A layer with one update tensor over T tasks, in Tucker form (TA-LoRA, https://arxiv.org/abs/2403.10971, §3.2).
+
+    For task t:
+
+        y_t = W x + b + s · U C_t Vᵀ dropout(x),    C_t = Σ_k P[t, k] · G[:, :, k],    ΔW_t = s · U C_t Vᵀ
+
+    | symbol | name          | parameter                      | shape                | shared by the tasks |
+    |--------|---------------|--------------------------------|----------------------|---------------------|
+    | V      | input factor  | `talora_in[adapter]`           | (D_in, r)            | yes                 |
+    | U      | output factor | `talora_out[adapter]`          | (D_out, r_out)       | yes                 |
+    | G      | core          | `talora_core[adapter]`         | (r_out, r, r_task)   | yes                 |
+    | P[t]   | row of t      | `talora_task[adapter][task]`   | (r_task,)            | no                  |
+    | s      | scaling       | `scaling[adapter]`             | alpha / r            |                     |
+
+    The rank of every ΔW_t is at most min(r_out, r). With G = 0, its start, ΔW_t = 0 for all tasks. The rows of P are
+    parameters of their own, because weight decay moves whatever shares a parameter with a row that has a gradient.
+    """
+
+    adapter_layer_names = ("talora_in", "talora_out", "talora_core", "talora_task")
+    other_param_names = ("r", "r_out", "scaling", "talora_dropout", "qkv_parts", "merged_tasks")
+
+    def __init__(self, base_layer: nn.Module, task_state: TaskState, **kwargs) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.r: dict[str, int] = {}
+        self.r_out: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.qkv_parts: dict[str, list[str]] = {}
+        self.talora_dropout = nn.ModuleDict()
+        self.talora_in = nn.ParameterDict()
+        self.talora_out = nn.ParameterDict()
+        self.talora_core = nn.ParameterDict()
+        self.talora_task = nn.ModuleDict()
+        self.task_state = task_state
+        task_state.layers.append(self)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.merged_tasks: dict[str, int] = {}
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(
+        self, adapter_name: str, r: int, r_out: int, alpha: float, config: TALoRAConfig, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, or replace it. `config` is complete: task names and `r_task` are filled in.
+
+        Raises:
+            ValueError: If a rank is larger than the layer, or `qkv_parts` does not fit it.
+        """
+        rows = self._enabled_rows(config.qkv_parts)
+        for rank, size, name in ((r, self.in_features, "r"), (r_out, rows, "r_out")):
+            if rank > size:
+                raise ValueError(
+                    f"`{name}`={rank} is larger than the {size} features of the layer: {rank} orthonormal columns do "
+                    "not exist there. Use a smaller rank, for this layer alone through `rank_pattern`."
+                )
+        self.r[adapter_name], self.r_out[adapter_name] = r, r_out
+        self.scaling[adapter_name] = alpha / r
+        self.qkv_parts[adapter_name] = config.qkv_parts
+        self.talora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.talora_in[adapter_name] = nn.Parameter(torch.empty(self.in_features, r))
+        self.talora_out[adapter_name] = nn.Parameter(torch.empty(rows, r_out))
+        self.talora_core[adapter_name] = nn.Parameter(torch.empty(r_out, r, config.r_task))
+        self.talora_task[adapter_name] = nn.ParameterDict(
+            {task: nn.Parameter(torch.empty(config.r_task)) for task in config.task_names}
+        )
+        self.reset_talora_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _enabled_rows(self, qkv_parts: list[str]) -> int:
+        if len(qkv_parts) == len(QKV_PARTS):
+            return self.out_features
+        if self.out_features != 3 * self.in_features:
+            raise ValueError(
+                f"`qkv_parts`={qkv_parts} needs a fused query-key-value layer, with three times as many outputs as "
+                f"inputs; this layer has {self.out_features} outputs and {self.in_features} inputs."
+            )
+        return len(qkv_parts) * self.in_features
+
+    @torch.no_grad()
+    def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Draw the factors anew and set the core to zero; see `TALoRAConfig.init_weights`."""
+        core, rows = self.talora_core[adapter_name], self.talora_task[adapter_name]
+        if core.is_meta:
+            return
+        draw = nn.init.normal_ if init_weights == "gaussian" else nn.init.orthogonal_
+        draw(self.talora_in[adapter_name])
+        draw(self.talora_out[adapter_name])
+        for row in rows.values():
+            nn.init.normal_(row, std=1 / math.sqrt(core.shape[2]))
+        if init_weights is False:
+            nn.init.normal_(core, std=1 / self.r[adapter_name])
+        else:
+            nn.init.zeros_(core)
+
+    def fold(self, adapter_name: str) -> torch.Tensor:
+        """Fold scaling, core and task factor into the output factor: s · U C_t for every task.
+
+        This one contraction serves forward, merging and export.
+
+        Returns:
+            (T, D_out, r), in the parameters' dtype even under autocast; zero in the rows of disabled `qkv_parts`.
+        """
+        core_ORK, out_DO = self.talora_core[adapter_name], self.talora_out[adapter_name]
+        with torch.autocast(core_ORK.device.type, enabled=False):
+            task_TK = torch.stack(list(self.talora_task[adapter_name].values()))
+            core_TOR = torch.einsum("tk,ork->tor", task_TK, core_ORK)
+            folded_TDR = self.scaling[adapter_name] * (out_DO @ core_TOR)
+        parts = self.qkv_parts[adapter_name]
+        if len(parts) == len(QKV_PARTS):
+            return folded_TDR
+        enabled = dict(zip(parts, folded_TDR.split(self.in_features, dim=1), strict=True))
+        zeros = torch.zeros_like(enabled[parts[0]])
+        return torch.cat([enabled.get(part, zeros) for part in QKV_PARTS], dim=1)
+
+    def get_delta_weight(self, adapter_name: str, task: str | int | None = None) -> torch.Tensor:
+        """The update ΔW_t of one task, (D_out, D_in), as it is added to the base weight.
+
+        Args:
+            adapter_name: The adapter.
+            task: Name or position; None means the selected task, or the only one.
+
+        Raises:
+            ValueError: For an unknown task, or None where several tasks are there and none is selected.
+        """
+        index = self._task_index(adapter_name, task)
+        in_DR = self.talora_in[adapter_name]
+        # Some processors multiply half-precision matrices slowly or not at all, so merging there goes through float32.
+        half_on_cpu = in_DR.device.type == "cpu" and in_DR.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if half_on_cpu else in_DR.dtype
+        return (self.fold(adapter_name)[index].to(dtype) @ in_DR.T.to(dtype)).to(in_DR.dtype)
+
+    def _task_index(self, adapter_name: str, task: str | int | None = None) -> int:
+        if task is not None:
+            return task_index(task, self.task_state.task_names[adapter_name])
+        rows = self.task_state.rows(adapter_name)
+        return 0 if rows is None else int(rows)
+
+
+class Linear(nn.Module, TALoRALayer):
+    """TA-LoRA on a linear layer, bare or quantised by one of PEFT's backends."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, task_state: TaskState, **kwargs) -> None:
+        super().__init__()
+        update = {name: kwargs.pop(name) for name in ("r", "r_out", "alpha", "config", "inference_mode")}
+        TALoRALayer.__init__(self, base_layer, task_state, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **update)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output, plus the update of each row's task: (N · windows, ..., D_in) → (..., D_out)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.talora_core:
+                result = result + self._update(adapter_name, x).to(result.dtype)
+        return result
+
+    def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """s · U C_t Vᵀ dropout(x) for every row's own task t: two skinny products, no dense update."""
+        # The parameters follow the activations' dtype: PEFT keeps adapters in float32, and float32 arithmetic beside a
+        # half-precision base would cost more than the base.
+        dtype = x.dtype if self.cast_input_dtype_enabled else self.talora_in[adapter_name].dtype
+        folded_TDR = self.fold(adapter_name).to(dtype)
+        z = self.talora_dropout[adapter_name](x) @ self.talora_in[adapter_name].to(dtype)
+        ids_N = self.task_state.rows(adapter_name)
+        if ids_N is None:
+            return F.linear(z, folded_TDR[0])
+        if x.shape[0] % len(ids_N) != 0:
+            raise ValueError(
+                f"A layer's input has a leading size of {x.shape[0]}, no multiple of the {len(ids_N)} entries of "
+                "`task_ids`: samples must be its slowest axis."
+            )
+        folded_NDR = folded_TDR.index_select(0, ids_N.to(x.device))
+        # Windows are folded into the batch axis with the sample slowest, so this view puts a sample's rows together.
+        y = z.reshape(len(ids_N), -1, z.shape[-1]) @ folded_NDR.mT
+        return y.reshape(*z.shape[:-1], self.out_features)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the selected task's update to the base weight.
+
+        Args:
+            safe_merge: Check the merged weight for NaN and infinity before it replaces the old one.
+            adapter_names: The adapters to merge; None means the active ones.
+
+        Raises:
+            ValueError: If several tasks are there and none is selected, or, with `safe_merge`, for a broken adapter.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.talora_core:
+                continue
+            index = self._task_index(adapter_name)
+            weight = self.get_base_weight()
+            merged = weight + self.get_delta_weight(adapter_name, index).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(adapter_name)
+            self.merged_tasks[adapter_name] = index
+
+    def unmerge(self) -> None:
+        """Subtract from the base weight what `merge` added: the update of that same task."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            index = self.merged_tasks.pop(adapter_name)
+            weight = self.get_base_weight()
+            self.set_base_weight(weight - self.get_delta_weight(adapter_name, index).to(weight.dtype))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is additive, so `peft.convert_to_lora` can export the selected task."""
+        return True
+
+    def __repr__(self) -> str:
+        return "talora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """The quantisation backend, if there is one."""
+        return quantization_extra_repr(self)

@@ -1,0 +1,291 @@
+"""The TA-LoRA tuner: which layers it adapts, with which tasks, and how tasks are chosen."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
+from .layer import Linear, TALoRALayer
+from .task_state import TaskEntry, TaskState, sync_base
+
+# PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
+_PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
+
+
+class TALoRAModel(BaseTuner):
+    """Puts TA-LoRA into a model's linear layers (https://arxiv.org/abs/2403.10971). [`TALoRALayer`] has the formula.
+
+    Contract with a base model that has a head per task (four plain names, so that neither side imports the other):
+
+    1. The base keeps its heads in an `nn.ModuleDict` named `task_heads`; from it the tuner fills in `task_names` and
+       `modules_to_save` where the config leaves them None.
+    2. The base calls the sub-model that holds the adapted layers as `vision_encoder(pixel_values, task_ids=ids)` only
+       while its own attribute `task_conditional` is True, which is False by default.
+    3. The tuner sets `task_conditional`: True while an active, enabled, unmerged adapter has more than one task.
+    4. On merging, the tuner sets the base's `merged_task` to the name of the merged task, and to None on unmerging;
+       the base refuses other tasks while it is set.
+
+    Args:
+        model: The model to adapt.
+        config: The adapter's configuration (or a dict of them by adapter name).
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create the adapter's weights on the meta device, to be loaded.
+    """
+
+    prefix: str = "talora_"
+    tuner_layer_cls = TALoRALayer
+    target_module_mapping = {
+        name: ["attn.qkv"] for name in ("sam", "msam", "sam_vision_model", "sam_hq", "sam_hq_vision_model")
+    }
+    # The two norms of a vision block; the neck's norms carry the same names one level up and are left alone.
+    _block_norms = re.compile(r"(.*\.)?vision_encoder\.layers\.\d+\.layer_norm[12]")
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Add an adapter; see `BaseTuner.inject_adapter`. Hooks the model so that it takes `task_ids`."""
+        self._check_adapter_name(model, adapter_name)
+        layers = _layers(model)
+        self.task_state = layers[0].task_state if layers else TaskState(_head_names(model))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not layers:
+            self._hook(model)
+        sync_base(model, self.task_state)
+
+    def _hook(self, model: nn.Module) -> None:
+        adapted = [name for name, module in model.named_modules() if isinstance(module, TALoRALayer)]
+        for name, module in model.named_modules():
+            is_base = module is model
+            holds_targets = any(layer.startswith(f"{name}.") for layer in adapted)
+            if is_base or (isinstance(module, PreTrainedModel) and holds_targets):
+                entry = TaskEntry(module, self.task_state, is_base)
+                self.task_state.entries.append(entry)
+
+    def _check_adapter_name(self, model: nn.Module, adapter_name: str) -> None:
+        """Refuse names with which PEFT's state dict keys would mistake other parameters for the adapter's."""
+        wrapped = [
+            name for name, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
+        components = {
+            part
+            for name, _ in model.named_modules()
+            if not any(name.startswith(f"{outer}.") for outer in wrapped)
+            for part in name.split(".")
+        }
+        tasks = self.peft_config[adapter_name].task_names or []
+        if adapter_name in components or adapter_name in tasks:
+            raise ValueError(
+                f"Adapter name {adapter_name!r} is not allowed: a module of the model or a task has that name, and "
+                "saving would mix up their weights. Choose another `adapter_name`."
+            )
+
+    def _prepare_adapter_config(self, peft_config: TALoRAConfig, model_config: dict) -> TALoRAConfig:
+        """Fill in what the config leaves to the model: targets, tasks, `r_task`, modules to save."""
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if isinstance(peft_config.target_modules, set):
+            peft_config.target_modules = sorted(peft_config.target_modules)
+        heads = _head_names(self.model)
+        if peft_config.task_names is None:
+            peft_config.task_names = heads or [MAIN_TASK]
+        check_task_names(peft_config.task_names)
+        unknown = [name for name in peft_config.task_names if heads and name not in heads]
+        if unknown and len(peft_config.task_names) > 1:
+            raise ValueError(f"Unknown tasks {unknown} in `task_names`; the model has heads for {heads}.")
+        if peft_config.r_task is None:
+            peft_config.r_task = min(len(peft_config.task_names), UNCOMPRESSED_TASKS)
+        self._prepare_modules_to_save(peft_config, heads)
+        self._warn(peft_config)
+        return peft_config
+
+    def _prepare_modules_to_save(self, peft_config: TALoRAConfig, heads: list[str] | None) -> None:
+        names = [name for name, _ in self.model.named_modules()]
+        if peft_config.modules_to_save is None and heads:
+            peft_config.modules_to_save = [f"task_heads.{name}" for name in heads]
+        if peft_config.train_norms:
+            norms = [name for name in names if self._block_norms.fullmatch(name)]
+            if not norms:
+                raise ValueError("`train_norms=True` needs blocks named `vision_encoder.layers.N.layer_norm1/2`.")
+            saved = peft_config.modules_to_save or []
+            peft_config.modules_to_save = [*saved, *(name for name in norms if name not in saved)]
+        for entry in peft_config.modules_to_save or []:
+            guessed = peft_config.task_type is not None and entry in _PEFT_HEAD_GUESSES
+            if not guessed and not any(name.endswith(entry) for name in names):
+                raise ValueError(
+                    f"`modules_to_save` names {entry!r}, which {type(self.model).__name__} does not have: its "
+                    "weights would be lost. An adapter with task heads belongs on a model with these heads."
+                )
+
+    def _warn(self, peft_config: TALoRAConfig) -> None:
+        r, r_out, r_task = peft_config.r, peft_config.r_out or peft_config.r, peft_config.r_task
+        num_tasks = len(peft_config.task_names)
+        if num_tasks > 1 and r_task == 1:
+            warnings.warn("`r_task=1` makes the updates of all tasks multiples of one matrix.", stacklevel=2)
+        if r > r_out * r_task or r_out > r * r_task:
+            warnings.warn(
+                f"With r={r}, r_out={r_out} and r_task={r_task} a mode of the core is rank-deficient: neither r nor "
+                "r_out should exceed the product of the other two.",
+                stacklevel=2,
+            )
+        if num_tasks > 1 and peft_config.task_type is not None:
+            warnings.warn(
+                f"With task_type={peft_config.task_type}, PEFT's model drops the keyword `task_ids`: choose the task "
+                "by `set_task`, or leave `task_type` out.",
+                stacklevel=2,
+            )
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        pattern = peft_config.rank_pattern
+        r = pattern.get(get_pattern_key(pattern.keys(), current_key), peft_config.r)
+        r_out = r if r != peft_config.r or peft_config.r_out is None else peft_config.r_out
+        alphas = peft_config.alpha_pattern
+        alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.alpha)
+        update = {
+            "r": r,
+            "r_out": r_out,
+            "alpha": r / 2 if alpha is None else alpha,
+            "config": peft_config,
+            "inference_mode": peft_config.inference_mode,
+        }
+        self.task_state.task_names[adapter_name] = list(peft_config.task_names)
+        try:
+            if isinstance(target, TALoRALayer):
+                target.update_layer(adapter_name, **update)
+                return
+            _check_target(target)
+            layer = Linear(target, adapter_name, self.task_state, **update, **get_quantization_kwargs(self))
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter does not train until it is chosen
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Overridden because the base class copies `weight` and `bias` onto the new module, which a composite module
+        # (a task head in `modules_to_save`) does not have (peft issue 3114).
+        setattr(parent, child_name, new_module)
+        if not isinstance(new_module, TALoRALayer):
+            return
+        weight = new_module.weight
+        for name, module in new_module.named_modules():
+            if self.prefix in name and not any(p.is_meta for p in module.parameters()):
+                module.to(weight.device)
+
+    def set_task(self, task: str | int | None, adapter_name: str | None = None) -> None:
+        """Choose the task of the following calls, until another is chosen; see the function [`set_task`]."""
+        set_task(self.model, task, adapter_name)
+        sync_base(self.model, self.task_state)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapter(s); see `BaseTuner.set_adapter`."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        sync_base(self.model, self.task_state)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see `BaseTuner.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self.task_state.task_names.pop(adapter_name, None)
+        self.task_state.selected.pop(adapter_name, None)
+        sync_base(self.model, self.task_state)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the selected task; see `BaseTuner.merge_adapter`."""
+        self._check_task_selected(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        sync_base(self.model, self.task_state)
+
+    def unmerge_adapter(self) -> None:
+        """Unmerge what was merged; see `BaseTuner.unmerge_adapter`."""
+        super().unmerge_adapter()
+        sync_base(self.model, self.task_state)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_task_selected(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        sync_base(model, self.task_state)
+        for entry in self.task_state.entries:
+            entry.remove()
+        if self.task_state.head_names is not None:
+            model.task_conditional = False
+        return model
+
+    def _check_task_selected(self, adapter_names: list[str] | None) -> None:
+        """Before the first layer is merged, so that nothing is half merged."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.task_state.task_names and self.task_state.selected_name(name) is None:
+                raise ValueError(
+                    f"Adapter {name!r} has the tasks {self.task_state.task_names[name]} and none is selected: weights "
+                    "are merged for one task at a time, so call `set_task` first."
+                )
+
+
+def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None = None) -> None:
+    """Choose the task of a model's TA-LoRA adapters, as `TALoRAModel.set_task` does.
+
+    Works on a `PeftModel` and on a model that took its adapter through `inject_adapter_in_model` or `add_adapter`.
+
+    Args:
+        model: The adapted model.
+        task: Name or position; None takes the choice back.
+        adapter_name: The adapter to choose for; None means every active one.
+
+    Raises:
+        ValueError: If the model has no TA-LoRA adapter, or does not know the task.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no TA-LoRA adapter, so no task can be set.")
+    if any(layer.merged for layer in layers):
+        warnings.warn("The task cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.talora_core)
+    for name in active if adapter_name is None else [adapter_name]:
+        layers[0].task_state.select(name, task)
+
+
+@contextmanager
+def use_task(model: nn.Module, task: str | int | None, adapter_name: str | None = None):
+    """A context in which `task` is chosen; the choice before it is restored at its end. See [`set_task`]."""
+    layers = _layers(model)
+    before = dict(layers[0].task_state.selected) if layers else {}
+    set_task(model, task, adapter_name)
+    try:
+        yield model
+    finally:
+        layers[0].task_state.selected = before
+
+
+def _layers(model: nn.Module) -> list[TALoRALayer]:
+    return [module for module in model.modules() if isinstance(module, TALoRALayer)]
+
+
+def _head_names(model: nn.Module) -> list[str] | None:
+    heads = dict(model.named_children()).get("task_heads")
+    return list(heads.keys()) if isinstance(heads, nn.ModuleDict) else None
+
+
+def _check_target(target: nn.Module) -> None:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, torch.nn.Linear):
+        return
+    backend = resolve_quantization_backend(base)
+    if backend is None or backend.layer_type != "linear":
+        raise ValueError(
+            f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) is "
+            "supported."
+        )

@@ -1,0 +1,254 @@
+"""How the task reaches the adapted layers: one index per row of the effective batch.
+
+The tasks of a call are an argument, `task_ids`, of the model (or of any `PreTrainedModel` inside it that holds
+adapted layers). A hook at that entry checks them and puts them into the `TaskState` that all adapted layers of the
+model share; another hook takes them out again. A choice that lasts (`set_task`) lives in the same object.
+
+Activation checkpointing runs a block's forward again during backward, when the call and its hooks are long over. So
+the checkpoint functions of the blocks are wrapped: what they run, now or later, sees the state as it was in the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+TaskIds = torch.Tensor | Sequence[int | str]
+
+
+def task_index(task: str | int, task_names: list[str]) -> int:
+    """The position of a task given by name or by position. Raises ValueError that names the known tasks."""
+    if isinstance(task, str):
+        if task not in task_names:
+            raise ValueError(f"Unknown task {task!r}; the tasks are {task_names}.")
+        return task_names.index(task)
+    if not 0 <= task < len(task_names):
+        raise ValueError(f"Task index {task} is out of range; the {len(task_names)} tasks are {task_names}.")
+    return int(task)
+
+
+class TaskState:
+    """Which task every row of the batch belongs to, for all adapters of one model.
+
+    Attributes:
+        layers: The adapted layers of the model.
+        head_names: Names of the model's heads, in order, or None for a model without `task_heads`. An index in
+            `task_ids` is a position in this list if there is one, else in the adapter's own list.
+        task_names: The list of tasks of every adapter.
+        selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
+            int, so that choosing another task recompiles nothing under `torch.compile`.
+        calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
+    """
+
+    def __init__(self, head_names: list[str] | None):
+        self.layers: list[nn.Module] = []
+        self.head_names = head_names
+        self.task_names: dict[str, list[str]] = {}
+        self.selected: dict[str, torch.Tensor] = {}
+        self.calls: list[tuple[object, dict[str, torch.Tensor] | None]] = []
+        self.merge_is_ours = False
+        self.entries: list[TaskEntry] = []
+
+    def rows(self, adapter_name: str) -> torch.Tensor | None:
+        """Indices into the adapter's tasks: (rows,), where `rows` divides the layer's leading size.
+
+        None for an adapter of one task. Raises ValueError if the adapter has several tasks and none is selected.
+        """
+        if len(self.task_names[adapter_name]) == 1:
+            return None
+        in_flight = self.calls[-1][1] if self.calls else None
+        if in_flight is not None:
+            return in_flight[adapter_name]
+        if adapter_name not in self.selected:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has the tasks {self.task_names[adapter_name]} and none is selected: pass "
+                "`task_ids` (one per sample) or call `set_task`."
+            )
+        return self.selected[adapter_name]
+
+    def select(self, adapter_name: str, task: str | int | None) -> None:
+        """Make a lasting choice; None takes it back."""
+        if task is None:
+            self.selected.pop(adapter_name, None)
+        else:
+            self.selected[adapter_name] = torch.tensor([task_index(task, self.task_names[adapter_name])])
+
+    def selected_name(self, adapter_name: str) -> str | None:
+        """The name of the adapter's task where only one can be meant: its single one or the lasting choice."""
+        names = self.task_names[adapter_name]
+        if len(names) == 1:
+            return names[0]
+        return names[int(self.selected[adapter_name])] if adapter_name in self.selected else None
+
+    def multi_task_adapters(self) -> list[str]:
+        """Adapters of several tasks that take part in a forward now: active, enabled, unmerged."""
+        names: dict[str, None] = {}
+        for layer in self.layers:
+            if not layer.disable_adapters and not layer.merged:
+                names.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.talora_core))
+        return [name for name in names if len(self.task_names[name]) > 1]
+
+    def merged_task(self) -> str | None:
+        """The task that is merged into the base weights, None if none is or the merged adapter has one task only."""
+        for layer in self.layers:
+            for adapter_name, index in layer.merged_tasks.items():
+                if len(self.task_names[adapter_name]) > 1:
+                    return self.task_names[adapter_name][index]
+        return None
+
+    def resolve(self, task_ids: TaskIds, batch_size: int | None) -> dict[str, torch.Tensor]:
+        """Turn the `task_ids` of a call into indices for each active adapter of several tasks. Checks them all."""
+        if isinstance(task_ids, (str, int)) or (isinstance(task_ids, torch.Tensor) and task_ids.ndim != 1):
+            raise ValueError(f"`task_ids` must hold one task per sample, in one dimension; got {task_ids!r}.")
+        if batch_size is not None and len(task_ids) != batch_size:
+            raise ValueError(
+                f"`task_ids` has {len(task_ids)} entries for a batch of {batch_size}: give one per sample."
+            )
+        return {adapter_name: self._indices(adapter_name, task_ids) for adapter_name in self.multi_task_adapters()}
+
+    def _indices(self, adapter_name: str, task_ids: TaskIds) -> torch.Tensor:
+        own = self.task_names[adapter_name]
+        known = self.head_names or own
+        if isinstance(task_ids, torch.Tensor):
+            if not torch.compiler.is_compiling():  # reading values would break the graph
+                for index in task_ids.unique().tolist():
+                    task_index(known[task_index(index, known)], own)
+            if known == own:
+                return task_ids
+            table = torch.tensor([own.index(name) if name in own else -1 for name in known], device=task_ids.device)
+            return table[task_ids]
+        names = [task if isinstance(task, str) else known[task_index(int(task), known)] for task in task_ids]
+        return torch.tensor([task_index(name, own) for name in names])
+
+    @contextmanager
+    def restored(self, selected: dict[str, torch.Tensor], call: dict[str, torch.Tensor] | None):
+        """The state of an earlier moment, for as long as the context lasts."""
+        now = self.selected, self.calls
+        self.selected, self.calls = selected, [(self, call)]
+        try:
+            yield
+        finally:
+            self.selected, self.calls = now
+
+
+class _Replay:
+    """A function that always runs under the task state of the moment in which it was wrapped."""
+
+    def __init__(self, function: Callable, state: TaskState):
+        self.function = function
+        self.state = state
+        self.selected = dict(state.selected)
+        self.call = state.calls[-1][1] if state.calls else None
+
+    def __call__(self, *args, **kwargs):
+        with self.state.restored(self.selected, self.call):
+            return self.function(*args, **kwargs)
+
+
+class TaskCheckpoint:
+    """A block's checkpoint function, whose recomputation sees the tasks of its own forward."""
+
+    def __init__(self, checkpoint: Callable, state: TaskState):
+        self.checkpoint = checkpoint
+        self.state = state
+
+    def __call__(self, function, *args, **kwargs):
+        """Checkpoint `function`, as the wrapped checkpoint function does."""
+        if not torch.compiler.is_compiling():  # a compiled graph recomputes from the ids it holds as inputs
+            function = _Replay(function, self.state)
+        return self.checkpoint(function, *args, **kwargs)
+
+
+class TaskEntry:
+    """The pair of hooks on a module that takes `task_ids`: the model itself, or a `PreTrainedModel` inside it.
+
+    `task_ids` is taken out of the arguments unless the module's own forward names it (mSAM's does, to choose heads).
+    """
+
+    def __init__(self, module: nn.Module, state: TaskState, is_base: bool):
+        self.state = state
+        self.is_base = is_base
+        self.parameters = list(inspect.signature(module.forward).parameters)
+        self.blocks = [block for block in module.modules() if hasattr(block, "gradient_checkpointing")]
+        self.handles = [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True),
+            module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks and the wrapped checkpoint functions off again."""
+        for handle in self.handles:
+            handle.remove()
+        for block in self.blocks:
+            if isinstance(vars(block).get("_gradient_checkpointing_func"), TaskCheckpoint):
+                block._gradient_checkpointing_func = block._gradient_checkpointing_func.checkpoint
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook: check `task_ids` and hand them to the layers."""
+        state = self.state
+        if self.is_base:
+            state.calls.clear()  # the outermost call: whatever an interrupt left behind is void
+        inherited = state.calls[-1][1] if state.calls else None
+        state.calls.append((self, inherited))
+        if self.is_base:
+            sync_base(module, state)
+        self._wrap_checkpoints()
+        if kwargs.get("task_ids") is not None:
+            if state.merged_task() is not None:
+                raise ValueError(
+                    f"`task_ids` was given while the task {state.merged_task()!r} is merged into the weights; "
+                    "call `unmerge_adapter` first, or leave `task_ids` out."
+                )
+            ids = state.resolve(kwargs["task_ids"], _batch_size(args, kwargs))
+            state.calls[-1] = (self, ids)
+        elif self.is_base:
+            kwargs = self._with_selected_task(args, kwargs)
+        if "task_ids" not in self.parameters:
+            kwargs = {name: value for name, value in kwargs.items() if name != "task_ids"}
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        """Forward hook, called after an exception too: restore what was before."""
+        if self.state.calls and self.state.calls[-1][0] is self:
+            self.state.calls.pop()
+
+    def _wrap_checkpoints(self) -> None:
+        for block in self.blocks:
+            function = vars(block).get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, TaskCheckpoint):
+                block._gradient_checkpointing_func = TaskCheckpoint(function, self.state)
+
+    def _with_selected_task(self, args: tuple, kwargs: dict) -> dict:
+        """For a base whose forward takes `tasks`: a lasting choice is what `tasks=None` means."""
+        if "tasks" not in self.parameters or kwargs.get("tasks") is not None:
+            return kwargs
+        if len(args) > self.parameters.index("tasks") or not self.state.selected:
+            return kwargs
+        chosen = {self.state.selected_name(name) for name in self.state.multi_task_adapters()} - {None}
+        return {**kwargs, "tasks": sorted(chosen)} if chosen else kwargs
+
+
+def sync_base(base: nn.Module, state: TaskState) -> None:
+    """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
+    for layer in state.layers:
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+    if state.head_names is None:
+        return
+    base.task_conditional = bool(state.multi_task_adapters())
+    merged = state.merged_task()
+    if merged is not None or state.merge_is_ours:
+        base.merged_task = merged
+        state.merge_is_ours = merged is not None
+
+
+def _batch_size(args: tuple, kwargs: dict) -> int | None:
+    """The leading size of the first tensor among the inputs, None if there is none."""
+    for value in (*args, *(value for name, value in kwargs.items() if name != "task_ids")):
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return value.shape[0]
+    return None
