@@ -1,1 +1,44 @@
-"""TA-LoRA for the Segment Anything Model, as a PEFT method."""
+"""TA-LoRA for the Segment Anything Model: several dense predictions from one encoder, as a PEFT method.
+
+Importing this package registers the PEFT type `TALORA`.
+"""
+
+from .data import AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes, make_image_processor
+from .hub import load, load_image_processor, push_to_hub, save_adapter
+from .losses import IGNORE_INDEX
+from .metrics import delta_m
+from .msam import MSamConfig, MSamModel, MSamOutput
+from .plotting import draw_predictions
+from .small_sam import make_small_sam, save_small_sam
+from .tasks import KINDS, Task, make_task
+from .tuner import TALoRAConfig, TALoRAModel, set_task, use_task
+from .version import __version__
+
+__all__ = [
+    "IGNORE_INDEX",
+    "KINDS",
+    "AugmentedDataset",
+    "Collator",
+    "FolderDataset",
+    "JointAugmentation",
+    "MSamConfig",
+    "MSamModel",
+    "MSamOutput",
+    "SyntheticScenes",
+    "TALoRAConfig",
+    "TALoRAModel",
+    "Task",
+    "__version__",
+    "delta_m",
+    "draw_predictions",
+    "load",
+    "load_image_processor",
+    "make_image_processor",
+    "make_small_sam",
+    "make_task",
+    "push_to_hub",
+    "save_adapter",
+    "save_small_sam",
+    "set_task",
+    "use_task",
+]

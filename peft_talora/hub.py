@@ -1,0 +1,234 @@
+"""An adapter's folder: writing it, the model card, pushing it to the Hub, loading it again.
+
+A folder holds what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`), `msam_config.json` (what rebuilds
+the heads, which an adapter alone cannot), and, where known, the image processor's `preprocessor_config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import SamImageProcessorPil
+
+from .msam import MSamModel
+
+MSAM_CONFIG_NAME = "msam_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+@contextmanager
+def write_aside(folder: str | Path):
+    """A temporary folder whose files move into `folder` at the end, each in one step: nothing half-written stays.
+
+    If the body raises, `folder` keeps what it had.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        yield aside
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            target = folder / file.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(file: str | Path, content: Any) -> None:
+    """Write JSON, indented, with the keys in their own order."""
+    Path(file).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    image_processor: SamImageProcessorPil | None = None,
+    card: str | None = None,
+) -> None:
+    """Write all that was trained of an adapted mSAM, and what rebuilds the model around it.
+
+    Works for every PEFT method on an `MSamModel`, stock LoRA included. A base checkpoint inside `folder` is named by
+    its relative path, so that the folder can move.
+
+    Args:
+        model: A `PeftModel` around an `MSamModel`, with one adapter or an active one.
+        folder: Where to; created if need be, and files in it replaced one by one.
+        image_processor: What made `pixel_values`, saved beside.
+        card: Text of the model card; None leaves PEFT's.
+    """
+    folder = Path(folder)
+    base = model.get_base_model()
+    with write_aside(folder) as aside:
+        model.save_pretrained(aside, selected_adapters=[model.active_adapters[0]], save_embedding_layers=False)
+        write_json(
+            aside / MSAM_CONFIG_NAME,
+            {
+                "base_model_name_or_path": _relative(base.config._name_or_path, folder),
+                "decoder_mode": base.config.decoder_mode,
+                "image_size": base.config.vision_config.image_size,
+                "tasks": base.config.tasks,
+            },
+        )
+        if image_processor is not None:
+            image_processor.save_pretrained(aside)
+        if card is not None:
+            (aside / "README.md").write_text(card)
+
+
+def load(
+    adapter: str | Path, base: str | Path | None = None, is_trainable: bool = False, revision: str | None = None
+) -> PeftModel:
+    """Load an adapter's folder into a ready model: base checkpoint, mSAM with its heads, adapter.
+
+    Args:
+        adapter: Folder, or Hub id, as written by [`save_adapter`].
+        base: The SAM checkpoint, if it is elsewhere than the adapter's `msam_config.json` says.
+        is_trainable: Load for further training.
+        revision: Of the Hub repository.
+
+    Returns:
+        The `PeftModel`, in evaluation mode unless `is_trainable`.
+
+    Raises:
+        OSError: If a file is missing or damaged; the message names it.
+        ValueError: If base and adapter do not belong together.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(adapter), revision=revision))
+    config = _read_json(folder / MSAM_CONFIG_NAME)
+    check_safetensors(folder / WEIGHTS_NAME)
+    if base is None:
+        base = config["base_model_name_or_path"]
+        base = folder / base if (folder / base).is_dir() else base
+    model = MSamModel.from_pretrained(
+        base, tasks=config["tasks"], decoder_mode=config["decoder_mode"], image_size=config["image_size"]
+    )
+    model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    return model.train(is_trainable)
+
+
+def load_image_processor(adapter: str | Path) -> SamImageProcessorPil:
+    """The image processor that was saved beside an adapter."""
+    return SamImageProcessorPil.from_pretrained(adapter)
+
+
+def check_safetensors(file: str | Path) -> None:
+    """Raise OSError, naming the file, if it is missing, truncated or no safetensors file."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"{file}: truncated or corrupt safetensors file: {error}") from error
+
+
+def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Upload an adapter's folder as it is, model card included. Checkpoints of the training run stay here.
+
+    Args:
+        folder: As written by [`save_adapter`].
+        repo_id: `user/name`; created if it does not exist.
+        private: Whether a new repository is private; None takes the account's default.
+        token: Access token; None takes the one that is logged in.
+
+    Returns:
+        The commit's URL.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns=["checkpoint-*", "best/*", ".saving-*"],
+        commit_message="Upload a TA-LoRA adapter for mSAM",
+    )
+    return commit.commit_url
+
+
+def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None = None) -> str:
+    """The model card of a trained adapter: what it predicts, how well, how to load it.
+
+    Args:
+        model: The trained `PeftModel` around an `MSamModel`.
+        results: What the training recipe wrote to `results.json`.
+        repo_id: Where it will be found; None writes a placeholder.
+    """
+    base = model.get_base_model()
+    method = model.peft_config[model.active_adapters[0]].peft_type.value
+    name = base.config._name_or_path
+    metadata = ["library_name: peft", "pipeline_tag: image-segmentation", "license: apache-2.0"]
+    metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]
+    if name and not Path(name).exists():
+        metadata.append(f"base_model: {name}")
+    tasks = "\n".join(f"- `{t['name']}` ({t['kind']}, {t['channels']} channels)" for t in base.config.tasks)
+    rows = "\n".join(
+        f"| {task} | {metric} | {results['before'][task][metric]:.4f} | {value:.4f} |"
+        for task, metrics in results["after"].items()
+        for metric, value in metrics.items()
+    )
+    return f"""---
+{chr(10).join(metadata)}
+---
+
+# Several dense predictions from one Segment Anything encoder
+
+An adapter ({method}) for mSAM, trained with [peft_talora](https://pypi.org/project/peft_talora). Tasks:
+
+{tasks}
+
+![Images, labels and predictions](predictions.png)
+
+## Use
+
+```python
+import peft_talora  # registers the PEFT type; without it PEFT says KeyError: 'TALORA'
+
+model = peft_talora.load("{repo_id or "user/name"}")
+processor = peft_talora.load_image_processor("{repo_id or "user/name"}")
+inputs = processor(images=image, return_tensors="pt")
+outputs = model(pixel_values=inputs["pixel_values"])
+predictions = model.post_process(outputs.logits, inputs["original_sizes"])  # one map per task
+```
+
+## Figures
+
+On {results["images"]["test"]} test images, before and after training on {results["images"]["train"]}; the checkpoint
+was chosen on {results["images"]["validation"]} other images. Trained parameters: {results["parameters"]["adapter"]:,}
+in the adapter, {results["parameters"]["heads"]:,} in the heads.
+
+| task | metric | before | after |
+|------|--------|-------:|------:|
+{rows}
+
+Image size {base.config.vision_config.image_size} px, seed {results["seed"]}, {results["images_per_second"]:.1f}
+images/s in training; versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}.
+"""
+
+
+def _relative(base: str, folder: Path) -> str:
+    path, folder = Path(base), folder.resolve()
+    if path.exists() and path.resolve().is_relative_to(folder):
+        return str(path.resolve().relative_to(folder))
+    return base
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise OSError(
+            f"{file} is missing: it says how to rebuild the heads. Folders written by `save_adapter` and by the "
+            "training recipe have it; a bare PEFT adapter is loaded by PeftModel.from_pretrained."
+        )
+    return json.loads(file.read_text())

@@ -1,0 +1,117 @@
+"""Pictures of predictions, drawn with Pillow: one row per image; the input, then label and prediction of each task."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .tasks import Task
+
+# Anchors of a perceptually even scale from near (light) to far (dark), interpolated linearly.
+_DEPTH_COLOURS = np.array(
+    [[252, 253, 191], [254, 176, 120], [241, 96, 93], [183, 55, 121], [114, 31, 129], [44, 17, 95], [0, 0, 4]]
+)
+_UNLABELLED = np.array([128, 128, 128], dtype=np.uint8)
+
+
+def class_colours(count: int) -> np.ndarray:
+    """Colours that are told apart easily, (count, 3) uint8; the first is dark, as backgrounds are class 0.
+
+    Hues are a golden section apart, so that neighbouring classes differ; lightness alternates.
+    """
+    colours = [
+        colorsys.hls_to_rgb((0.58 + 0.618034 * index) % 1, (0.36, 0.52, 0.68)[index % 3], 0.62)
+        for index in range(count)
+    ]
+    return np.round(255 * np.array(colours)).astype(np.uint8)
+
+
+def paint(task: Task, values: torch.Tensor, labelled: torch.Tensor, depth_range: tuple[float, float]) -> np.ndarray:
+    """One task's label or prediction as a picture.
+
+    Args:
+        task: What the values mean.
+        values: As `Task.decode` gives them for one image: (H, W), or (3, H, W) for vectors.
+        labelled: (H, W) bool; other pixels become grey.
+        depth_range: Nearest and farthest metres of the scale.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    array = values.float().numpy()
+    if task.label_channels == 3:
+        picture = (127.5 * (1 + array.transpose(1, 2, 0) * [1, -1, -1])).clip(0, 255)
+    elif task.label_dtype.is_floating_point:
+        near, far = depth_range
+        place = ((array - near) / max(far - near, 1e-6)).clip(0, 1) * (len(_DEPTH_COLOURS) - 1)
+        picture = np.stack(
+            [np.interp(place, range(len(_DEPTH_COLOURS)), channel) for channel in _DEPTH_COLOURS.T], axis=-1
+        )
+    elif task.kind in ("edges", "saliency"):
+        picture = np.repeat(255 * array.clip(0, 1)[..., None], 3, axis=-1)
+    else:
+        picture = class_colours(task.out_channels)[array.astype(int).clip(0, task.out_channels - 1)]
+    return np.where(labelled.numpy()[..., None], picture, _UNLABELLED).astype(np.uint8)
+
+
+def draw_predictions(
+    tasks: Sequence[Task],
+    samples: Sequence[Mapping],
+    logits: Sequence[Mapping[str, torch.Tensor]],
+    height: int = 160,
+) -> Image.Image:
+    """Draw a table of pictures: a row per image, columns for the input and for label and prediction of each task.
+
+    Args:
+        tasks: The tasks, in the order of the columns.
+        samples: Samples as `peft_talora.data` describes them; a missing label is drawn grey.
+        logits: Per image, each task's logits (C, H, W) at the image's size, as `MSamModel.post_process` gives them.
+        height: Of a row, in pixels.
+
+    Returns:
+        The picture, to be saved.
+    """
+    heads = ["input"] + [f"{task.name}\n{what}" for task in tasks for what in ("label", "prediction")]
+    rows = [_row(tasks, sample, logit) for sample, logit in zip(samples, logits, strict=True)]
+    rows = [[_scaled(picture, height) for picture in row] for row in rows]
+    widths = [max(row[column].width for row in rows) for column in range(len(heads))]
+    gap, top = 6, 44
+    # Label and prediction of a task stand close together, tasks apart.
+    lefts, left = [], gap
+    for column, width in enumerate(widths):
+        lefts.append(left)
+        left += width + (gap if column % 2 else 3 * gap)
+    page = Image.new("RGB", (left - 2 * gap, top + len(rows) * (height + gap)), "white")
+    font = ImageFont.load_default(size=14)
+    draw = ImageDraw.Draw(page)
+    for left, width, head in zip(lefts, widths, heads, strict=True):
+        draw.multiline_text(
+            (left + width / 2, top - 6), head, fill="black", font=font, anchor="md", align="center", spacing=2
+        )
+    for number, row in enumerate(rows):
+        for left, picture in zip(lefts, row, strict=True):
+            page.paste(picture, (left, top + number * (height + gap)))
+    return page
+
+
+def _row(tasks: Sequence[Task], sample: Mapping, logits: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+    size = tuple(sample["image"].shape[-2:])
+    row = [(255 * sample["image"].permute(1, 2, 0)).round().clamp(0, 255).numpy().astype(np.uint8)]
+    for task in tasks:
+        label = sample["labels"].get(task.name, task.empty_label(size))
+        labelled = task.has_label(label)
+        prediction = task.decode(logits[task.name][None])[0]
+        known = label[labelled] if task.label_dtype.is_floating_point and not task.label_channels else prediction
+        depth_range = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
+        row.append(paint(task, label, labelled, depth_range))
+        row.append(paint(task, prediction, torch.ones(size, dtype=torch.bool), depth_range))
+    return row
+
+
+def _scaled(picture: np.ndarray, height: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST)

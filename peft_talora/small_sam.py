@@ -1,0 +1,76 @@
+"""A small SAM with random weights: the base of recipes and tests where no pre-trained checkpoint is at hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+
+PATCH_SIZE = 8
+WIDTH = 64
+
+
+def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
+    """A stock `SamModel` of 1.5 million parameters, whose embedding depends on the image.
+
+    transformers starts a vision encoder at a standard deviation of 1e-10 and positions at zero, so that every image
+    gets the same embedding. Here matrices keep the size of what they multiply (standard deviation 1/√fan-in), and
+    positions are small random vectors.
+
+    Args:
+        image_size: Input size in pixels, a multiple of 8.
+        seed: Of the weights; PyTorch's global generator is left as it was.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: For an image size that is no positive multiple of 8.
+    """
+    if image_size <= 0 or image_size % PATCH_SIZE != 0:
+        raise ValueError(f"`image_size` must be a positive multiple of {PATCH_SIZE}; got {image_size}.")
+    sizes = {"image_size": image_size, "patch_size": PATCH_SIZE}
+    vision = SamVisionConfig(
+        hidden_size=128,
+        output_channels=WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        window_size=7,
+        global_attn_indexes=[2, 5],
+        num_pos_feats=WIDTH // 2,
+        mlp_dim=512,
+        initializer_range=0.02,
+        **sizes,
+    )
+    prompt = SamPromptEncoderConfig(hidden_size=WIDTH, mask_input_channels=16, **sizes)
+    decoder = SamMaskDecoderConfig(
+        hidden_size=WIDTH, mlp_dim=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4, iou_head_hidden_dim=WIDTH
+    )
+    config = SamConfig(
+        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder, initializer_range=0.02
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SamModel(config)
+        _redraw(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def _redraw(model: SamModel) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            fan_in = module.weight[0].numel()
+            if isinstance(module, nn.ConvTranspose2d):
+                fan_in = module.weight.shape[0]
+            nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in))
+    nn.init.normal_(model.vision_encoder.pos_embed, std=0.2)
+
+
+def save_small_sam(folder: str | Path, image_size: int = 128, seed: int = 0) -> str:
+    """Save `make_small_sam(image_size, seed)` as a stock SAM checkpoint. Returns the folder's path."""
+    make_small_sam(image_size, seed).save_pretrained(folder)
+    return str(folder)
