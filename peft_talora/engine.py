@@ -1,33 +1,131 @@
-"""What more than one recipe needs: the training step, evaluation, checkpoints.
+"""What more than one recipe needs: arguments, data sets, the training step, evaluation.
 
-Axes: B images, T tasks.
+Axes: B images, T tasks, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import yaml
 from accelerate import Accelerator
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import HfArgumentParser
 
-from .data import Collator
-from .hub import WEIGHTS_NAME, check_safetensors, write_json
+from .data import Collator, FolderDataset, SyntheticScenes
+from .losses import IGNORE_INDEX
+from .metrics import Metric
 from .tasks import Task
 
 TaskOrder = Literal["folded", "sequential"]
-_PROGRESS_NAME = "progress.json"
+Arguments = TypeVar("Arguments")
+
+
+@dataclass
+class DataArguments:
+    """Where a recipe's images and labels come from."""
+
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder with <split>/image and <split>/<task>. None: generated scenes."}
+    )
+    ignored_class: int = field(
+        default=IGNORE_INDEX, metadata={"help": "Class in the files of segmentation that means 'no label'."}
+    )
+    derive_edges: bool = field(default=False, metadata={"help": "Take edges from the borders of segmentation."})
+    num_images: int = field(
+        default=512, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of generated scenes, adapter weights, and order."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per evaluation pass and process."})
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads per process; figures' last digits hang on it. None: all cores."}
+    )
+
+
+def parse_arguments(
+    arguments: type[Arguments], argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> Arguments:
+    """A recipe's arguments, from flags and from the YAML file that `--config` names; flags win.
+
+    Args:
+        arguments: A dataclass.
+        argv: Flags; None takes the command line's.
+        defaults: What replaces the dataclass's own defaults.
+
+    Raises:
+        ValueError: For a key in the file that the recipe does not know.
+    """
+    parser = HfArgumentParser(arguments)
+    parser.add_argument("--config", help="YAML file of arguments; flags win.")
+    parser.set_defaults(**(defaults or {}))
+    file = parser.parse_known_args(argv)[0].config
+    if file is not None:
+        with open(file) as handle:
+            values = yaml.safe_load(handle) or {}
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{file} has the unknown arguments {unknown}; `--help` lists the known ones.")
+        parser.set_defaults(**values)
+    values = vars(parser.parse_args(argv))
+    values.pop("config")
+    return arguments(**values)
+
+
+def parse_task(text: str, known: Mapping[str, int]) -> dict[str, Any]:
+    """Parse a task as flags give it: `name=channels`, `name=kind:channels`, or `name` alone where it is known.
+
+    Args:
+        text: The flag's word.
+        known: Channels by name.
+
+    Returns:
+        An entry of `MSamConfig.tasks`.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    name, _, rest = text.partition("=")
+    kind, _, channels = rest.rpartition(":")
+    channels = channels or str(known.get(name, ""))
+    if not channels.isdigit():
+        raise ValueError(f"task {text!r}: write name=channels or name=kind:channels, for example segmentation=13.")
+    return {"name": name, "kind": kind or name, "channels": int(channels)}
+
+
+def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_size: int) -> Dataset:
+    """The samples of one split: of a folder, or generated.
+
+    Args:
+        args: Where from.
+        split: Name of a folder, or of a set of generated scenes; splits share no scene.
+        tasks: Whose labels to read.
+        image_size: Of generated scenes, in pixels.
+    """
+    if args.data_root is not None:
+        ignored = {task.name: args.ignored_class for task in tasks if task.kind == "segmentation"}
+        if args.ignored_class == IGNORE_INDEX:
+            ignored = None
+        return FolderDataset(args.data_root, split, tasks, args.derive_edges, ignored)
+    num_images = args.num_images if split == "train" else max(1, args.num_images // 8)
+    return SyntheticScenes(split, num_images, image_size, args.seed, [task.name for task in tasks])
+
+
+def set_threads(args: DataArguments, accelerator: Accelerator) -> None:
+    """Give every process its share of the machine's cores, or what `args.num_threads` says, and note it there.
+
+    `accelerate launch` starts processes with one thread, which leaves the other cores idle where there is no GPU.
+    """
+    if args.num_threads is None:
+        args.num_threads = max(1, (os.cpu_count() or 1) // accelerator.num_processes)
+    torch.set_num_threads(args.num_threads)
 
 
 def resolve_task_order(order: str, device: torch.device) -> TaskOrder:
@@ -121,7 +219,7 @@ def evaluate(
     return _pool(accelerator, metrics, sums)
 
 
-def _count(task: Task, logits: torch.Tensor, labels: torch.Tensor, metric, total: torch.Tensor) -> None:
+def _count(task: Task, logits: torch.Tensor, labels: torch.Tensor, metric: Metric, total: torch.Tensor) -> None:
     metric.update(logits, labels)
     if task.has_label(labels).any():
         total += torch.tensor([task.loss(logits, labels).item(), 1.0], dtype=torch.float64)
@@ -142,6 +240,19 @@ def _pool(accelerator: Accelerator, metrics, sums) -> tuple[dict[str, dict[str, 
     return figures, losses
 
 
+@torch.no_grad()
+def predict(model: PeftModel, collator: Collator, samples: Sequence[Mapping]) -> list[dict[str, torch.Tensor]]:
+    """Each sample's logits (C, H, W) by task, at the size of its image, on the CPU; one image at a time."""
+    model.eval()
+    logits = []
+    for sample in samples:
+        batch = collator([sample])
+        output = model(pixel_values=batch["pixel_values"].to(model.device))
+        resized = model.post_process(output.logits, batch["original_sizes"])
+        logits.append({name: value[0].cpu() for name, value in resized.items()})
+    return logits
+
+
 def count_parameters(model: PeftModel) -> dict[str, int]:
     """Trained parameters of the adapter proper, of the heads and of other modules (norms), and all parameters."""
     counts = {"adapter": 0, "heads": 0, "other": 0, "all": 0}
@@ -154,124 +265,3 @@ def count_parameters(model: PeftModel) -> dict[str, int]:
             kind = "heads" if ".task_heads." in name else "other"
         counts[kind] += parameter.numel()
     return counts
-
-
-@dataclass
-class Progress:
-    """How far a training run is: all that a checkpoint holds besides tensors.
-
-    Attributes:
-        tasks: The tasks, in order, each as in `MSamConfig.tasks`.
-        step: Optimiser steps done.
-        epoch: The epoch under way.
-        batch: Batches done of that epoch.
-        best_loss: Lowest validation loss (sum over the tasks) so far.
-        best_step: Its step.
-        images: Images trained on.
-        seconds: Time spent in training steps.
-        before: Test metrics before training.
-        history: One entry per evaluation: step, losses and metrics on the validation images.
-    """
-
-    tasks: list[dict[str, Any]]
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    before: dict[str, dict[str, float]] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """`Accelerator.save_state` hook: of a `PeftModel`, only what is trained is saved."""
-    model = models[0]
-    model = model.module if hasattr(model, "module") else model
-    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
-    save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / WEIGHTS_NAME)
-    weights.clear()
-
-
-def load_adapter_only(models: list[nn.Module], folder: str) -> None:
-    """`Accelerator.load_state` hook, the counterpart of [`save_adapter_only`]."""
-    model = models.pop()
-    model = model.module if hasattr(model, "module") else model
-    file = Path(folder) / WEIGHTS_NAME
-    check_safetensors(file)
-    set_peft_model_state_dict(model, load_file(file), adapter_name=model.active_adapters[0])
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
-    """Write `folder/checkpoint-<step>` aside and rename it when it is whole; keep the `keep` newest.
-
-    Accelerate writes optimiser, scheduler, scaler and random states; the model's part is the adapter alone.
-    """
-    target = folder / f"checkpoint-{progress.step}"
-    aside = folder / f".saving-checkpoint-{progress.step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(aside / _PROGRESS_NAME, asdict(progress))
-        _sync(aside)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def find_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The checkpoint to resume from: a path, or `latest` in `output_dir`.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if wanted == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
-            raise ValueError(f"`resume_from_checkpoint` is 'latest', but {output_dir} holds no checkpoint-<step>.")
-        return found[-1]
-    path = Path(wanted)
-    if not (path / _PROGRESS_NAME).is_file():
-        raise ValueError(f"`resume_from_checkpoint`: {wanted} is no checkpoint; it has no {_PROGRESS_NAME}.")
-    return path
-
-
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, tasks: list[dict[str, Any]]) -> Progress:
-    """Restore a run, after `accelerator.prepare`. Returns how far it was.
-
-    Raises:
-        ValueError: If it was trained on other tasks than `tasks`.
-        OSError: If its weights are damaged.
-    """
-    progress = Progress(**json.loads((checkpoint / _PROGRESS_NAME).read_text()))
-    if progress.tasks != tasks:
-        raise ValueError(
-            f"{checkpoint} was trained on the tasks {_describe(progress.tasks)}, this run has {_describe(tasks)}: "
-            "resume with the same tasks, or start anew in another `output_dir`."
-        )
-    accelerator.load_state(str(checkpoint))
-    return progress
-
-
-def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:
-    return {task["name"]: task["channels"] for task in tasks}
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())

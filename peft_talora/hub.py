@@ -106,9 +106,7 @@ def load(
         OSError: If a file is missing or damaged; the message names it.
         ValueError: If base and adapter do not belong together.
     """
-    folder = Path(adapter)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(adapter), revision=revision))
+    folder = fetch(adapter, revision)
     config = _read_json(folder / MSAM_CONFIG_NAME)
     check_safetensors(folder / WEIGHTS_NAME)
     if base is None:
@@ -121,9 +119,14 @@ def load(
     return model.train(is_trainable)
 
 
+def fetch(adapter: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter: itself, or the downloaded copy of a Hub repository."""
+    return Path(adapter) if Path(adapter).is_dir() else Path(snapshot_download(str(adapter), revision=revision))
+
+
 def load_image_processor(adapter: str | Path) -> SamImageProcessorPil:
     """The image processor that was saved beside an adapter."""
-    return SamImageProcessorPil.from_pretrained(adapter)
+    return SamImageProcessorPil.from_pretrained(fetch(adapter))
 
 
 def check_safetensors(file: str | Path) -> None:

@@ -7,30 +7,29 @@
 Everything lands in `--output_dir`: the adapter with its heads, `results.json`, `predictions.png`, a model card.
 """
 
-import os
-import sys
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import accelerate
 import peft
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed, tqdm
-from torch.utils.data import DataLoader, Subset
+from accelerate.utils import set_seed, tqdm
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import peft_talora
-from peft_talora import data, engine, hub
+from peft_talora import checkpoint, data, engine, hub
 from peft_talora.plotting import draw_predictions
 
 
 @dataclass
-class TrainArguments:
-    """What the recipe can be told. Lists are given as `--tasks segmentation=13 depth=1`."""
+class TrainArguments(engine.DataArguments):
+    """What the recipe can be told, beside what `DataArguments` says."""
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder for all results."})
     base: str | None = field(
@@ -47,18 +46,12 @@ class TrainArguments:
     decoder_mode: str = field(default="channel", metadata={"help": "Heads: 'channel' (the paper's) or 'token'."})
     normalize: bool = field(default=True, metadata={"help": "Subtract SAM's mean colour and divide by its deviation."})
 
-    data_root: str | None = field(
-        default=None, metadata={"help": "Folder with <split>/image and <split>/<task>. None: generated scenes."}
-    )
     train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
     val_split: str | None = field(
         default=None, metadata={"help": "Split that chooses the checkpoint. None: a part of the training images."}
     )
-    val_fraction: float = field(default=0.1, metadata={"help": "Share of the training images, without a val_split."})
-    test_split: str = field(default="test", metadata={"help": "Split of the reported figures; chooses nothing."})
-    ignored_class: int = field(default=255, metadata={"help": "Class of segmentation that means 'no label'."})
-    derive_edges: bool = field(default=False, metadata={"help": "Take edges from segmentation's borders."})
-    num_images: int = field(default=512, metadata={"help": "Generated scenes to train on."})
+    val_fraction: float = field(default=0.1, metadata={"help": "That part, as a share."})
+    test_split: str = field(default="test", metadata={"help": "Split of the reported figures; it chooses nothing."})
     augment: bool = field(default=True, metadata={"help": "Random scale-crop (1, 1.2, 1.5) and horizontal flip."})
 
     r: int = field(default=16, metadata={"help": "Rank of the update's factors."})
@@ -89,172 +82,177 @@ class TrainArguments:
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository user/name to upload the result to."})
 
 
+@dataclass
+class Run:
+    """What one training run is made of; `accelerator.prepare` has seen what it must see."""
+
+    args: TrainArguments
+    output_dir: Path
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: DataLoader
+    train_set: data.AugmentedDataset
+    val_set: Dataset
+    test_set: Dataset
+    collator: data.Collator
+    order: engine.TaskOrder
+    total_steps: int
+    progress: checkpoint.Progress
+
+    def measure(self, dataset: Dataset):
+        """Metrics and losses over a data set."""
+        batch_size = self.args.per_device_eval_batch_size
+        return engine.evaluate(self.accelerator, self.model, dataset, self.collator, batch_size, self.order)
+
+
 def main() -> None:
     """Build, train, report."""
-    args = parse_arguments()
-    output_dir = Path(args.output_dir)
-    tasks = [parse_task(text, args) for text in args.tasks]
-    accelerator = make_accelerator(args)
-    set_seed(args.seed)
+    run = build(engine.parse_arguments(TrainArguments))
+    start(run)
+    train(run)
+    report(run)
+    run.accelerator.end_training()
 
-    model = build_model(args, tasks, accelerator, output_dir)
+
+def start(run: Run) -> None:
+    """Measure the untrained model, or go on where a checkpoint stopped."""
+    if run.args.resume_from_checkpoint is None:
+        run.progress.before, _ = run.measure(run.test_set)
+        run.accelerator.print(f"before training: {headline(run.progress.before)}")
+        return
+    folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
+    run.progress = checkpoint.load_checkpoint(run.accelerator, folder, run.progress.tasks)
+    run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
+
+
+def train(run: Run) -> None:
+    """All epochs that are left, with validation and checkpoints on the way."""
+    args, progress = run.args, run.progress
+    bar = tqdm(total=run.total_steps, initial=progress.step, desc="training", dynamic_ncols=True)
+    while progress.epoch < args.num_train_epochs:
+        train_epoch(run, bar)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        if args.eval_steps is None:
+            validate(run)
+        if args.save_steps is None:
+            checkpoint.save_checkpoint(run.accelerator, run.output_dir, progress, args.save_total_limit)
+    bar.close()
+    if not progress.history or progress.history[-1]["step"] != progress.step:
+        validate(run)
+
+
+def train_epoch(run: Run, bar: tqdm) -> None:
+    """One pass over the training images, or over what is left of it."""
+    args, progress, accelerator = run.args, run.progress, run.accelerator
+    run.train_set.set_epoch(progress.epoch)
+    batches = accelerator.skip_first_batches(run.loader, progress.batch)
+    batches.set_epoch(progress.epoch)
+    run.model.train()
+    begun = time.perf_counter()
+    for batch in batches:
+        with accelerator.accumulate(run.model):
+            losses = engine.backward(accelerator, run.model, batch, run.order)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+            run.optimizer.step()
+            run.scheduler.step()
+            run.optimizer.zero_grad()
+        progress.batch += 1
+        progress.images += len(batch["pixel_values"]) * accelerator.num_processes
+        if not accelerator.sync_gradients:
+            continue
+        progress.step += 1
+        bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
+        bar.update()
+        progress.seconds += time.perf_counter() - begun
+        if args.eval_steps and progress.step % args.eval_steps == 0:
+            validate(run)
+        if args.save_steps and progress.step % args.save_steps == 0:
+            checkpoint.save_checkpoint(accelerator, run.output_dir, progress, args.save_total_limit)
+        begun = time.perf_counter()
+
+
+def validate(run: Run) -> None:
+    """Measure on the validation images; if they never did better, keep the adapter."""
+    progress = run.progress
+    metrics, losses = run.measure(run.val_set)
+    loss = sum(losses.values())
+    progress.history.append({"step": progress.step, "loss": loss, "losses": losses, "metrics": metrics})
+    run.accelerator.print(f"step {progress.step}: validation loss {loss:.4f}, {headline(metrics)}")
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step = loss, progress.step
+        if run.accelerator.is_main_process:
+            with hub.write_aside(run.output_dir / "best") as aside:
+                checkpoint.save_adapter_only([run.model], [], aside)
+
+
+def build(args: TrainArguments) -> Run:
+    """Everything before the first step."""
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        # Task by task, each backward pass leaves the other tasks' heads without a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.task_order != "folded")],
+    )
+    engine.set_threads(args, accelerator)
+    set_seed(args.seed)
+    model = build_model(args, accelerator, output_dir)
     base = model.get_base_model()
     processor = data.make_image_processor(base.config.vision_config.image_size, args.normalize)
     collator = data.Collator([base.task(name) for name in base.task_names], processor)
-    train_set, val_set, test_set = build_datasets(args, collator.tasks)
-    loader = DataLoader(
-        train_set, batch_size=args.per_device_train_batch_size, shuffle=True, drop_last=True, collate_fn=collator
-    )
-    if len(loader) == 0:
-        raise ValueError(f"{len(train_set)} training images do not fill one batch; lower per_device_train_batch_size.")
-    order = engine.resolve_task_order(args.task_order, accelerator.device)
-
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
-    )
+    train_set, val_set, test_set = build_datasets(args, collator.tasks, base.config.vision_config.image_size)
+    batch_size = args.per_device_train_batch_size
+    loader = DataLoader(train_set, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collator)
+    if len(loader) < accelerator.num_processes:
+        raise ValueError(
+            f"{len(train_set)} training images do not fill one batch of `per_device_train_batch_size`={batch_size} on "
+            f"each of {accelerator.num_processes} processes: lower it, or give more images."
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps_per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
-    total_steps = steps_per_epoch * args.num_train_epochs
+    total_steps = math.ceil(len(loader) / args.gradient_accumulation_steps) * args.num_train_epochs
+    # An accelerated scheduler takes one step per process.
     scheduler = transformers.get_linear_schedule_with_warmup(
         optimizer,
         num_warmup_steps=round(args.warmup_ratio * total_steps) * accelerator.num_processes,
         num_training_steps=total_steps * accelerator.num_processes,
     )
-    scheduler = accelerator.prepare(scheduler)
-    accelerator.register_save_state_pre_hook(engine.save_adapter_only)
-    accelerator.register_load_state_pre_hook(engine.load_adapter_only)
-
-    def measure(dataset):
-        return engine.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
-
-    def validate():
-        """Measure on the validation images; if this is the best so far, keep the adapter."""
-        metrics, losses = measure(val_set)
-        loss = sum(losses.values())
-        progress.history.append({"step": progress.step, "loss": loss, "losses": losses, "metrics": metrics})
-        accelerator.print(f"step {progress.step}: validation loss {loss:.4f} {headline(metrics)}")
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step = loss, progress.step
-            if accelerator.is_main_process:
-                hub.save_adapter(accelerator.unwrap_model(model), output_dir / "best", processor)
-
-    if args.resume_from_checkpoint:
-        checkpoint = engine.find_checkpoint(output_dir, args.resume_from_checkpoint)
-        progress = engine.load_checkpoint(accelerator, checkpoint, base.config.tasks)
-        accelerator.print(f"resumed from {checkpoint} at step {progress.step} of {total_steps}")
-    else:
-        progress = engine.Progress(tasks=base.config.tasks, before=measure(test_set)[0])
-        accelerator.print(f"before training: {headline(progress.before)}")
-
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", dynamic_ncols=True)
-    while progress.epoch < args.num_train_epochs:
-        train_set.set_epoch(progress.epoch)
-        rest = accelerator.skip_first_batches(loader, progress.batch)
-        rest.set_epoch(progress.epoch)
-        model.train()
-        begun = time.perf_counter()
-        for batch in rest:
-            with accelerator.accumulate(model):
-                losses = engine.backward(accelerator, model, batch, order)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            progress.batch += 1
-            progress.images += len(batch["pixel_values"]) * accelerator.num_processes
-            if not accelerator.sync_gradients:
-                continue
-            progress.step += 1
-            bar.update()
-            bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()})
-            progress.seconds += time.perf_counter() - begun
-            if args.eval_steps and progress.step % args.eval_steps == 0:
-                validate()
-            if args.save_steps and progress.step % args.save_steps == 0:
-                engine.save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
-            begun = time.perf_counter()
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        if not args.eval_steps:
-            validate()
-        if not args.save_steps:
-            engine.save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
-    bar.close()
-    if args.eval_steps:
-        validate()
-
-    accelerator.wait_for_everyone()
-    engine.load_adapter_only([accelerator.unwrap_model(model)], output_dir / "best")
-    after = measure(test_set)[0]
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        results = {
-            "before": progress.before,
-            "after": after,
-            "parameters": engine.count_parameters(model),
-            "images": {"train": len(train_set), "validation": len(val_set), "test": len(test_set)},
-            "images_per_second": progress.images / progress.seconds,
-            "best_step": progress.best_step,
-            "history": progress.history,
-            "seed": args.seed,
-            "task_order": order,
-            "device": str(accelerator.device),
-            "processes": accelerator.num_processes,
-            "arguments": asdict(args),
-            "versions": {
-                module.__name__: module.__version__ for module in (peft_talora, torch, transformers, peft, accelerate)
-            },
-        }
-        report(model, results, processor, collator, test_set, output_dir, args)
-    accelerator.end_training()
-
-
-def parse_arguments() -> TrainArguments:
-    """Arguments from flags, and from the YAML file that `--config` names; flags win."""
-    argv = sys.argv[1:]
-    parser = transformers.HfArgumentParser(TrainArguments)
-    if "--config" in argv:
-        at = argv.index("--config")
-        file, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
-        (from_file,) = parser.parse_yaml_file(file)
-        parser.set_defaults(**asdict(from_file))
-    (args,) = parser.parse_args_into_dataclasses(argv)
-    return args
-
-
-def parse_task(text: str, args: TrainArguments) -> dict:
-    """Parse `name`, `name=channels` or `name=kind:channels`; without channels the generated scenes' are meant."""
-    name, _, rest = text.partition("=")
-    kind, _, channels = rest.rpartition(":")
-    if not rest and not args.data_root and name in data.SYNTHETIC_TASKS:
-        channels = data.SYNTHETIC_TASKS[name]
-    if not str(channels).isdigit():
-        raise ValueError(f"task {text!r}: write name=channels or name=kind:channels, for example segmentation=13.")
-    return {"name": name, "kind": kind or name, "channels": int(channels)}
-
-
-def make_accelerator(args: TrainArguments) -> Accelerator:
-    """An accelerator whose data order depends on the seed alone."""
-    return Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        project_config=ProjectConfiguration(project_dir=args.output_dir),
-        # Task by task, each backward pass leaves the other tasks' heads without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.task_order != "folded")],
+    accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
+    accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
+    return Run(
+        args=args,
+        output_dir=output_dir,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=accelerator.prepare(scheduler),
+        loader=loader,
+        train_set=train_set,
+        val_set=val_set,
+        test_set=test_set,
+        collator=collator,
+        order=engine.resolve_task_order(args.task_order, accelerator.device),
+        total_steps=total_steps,
+        progress=checkpoint.Progress(tasks=base.config.tasks),
     )
 
 
-def build_model(args: TrainArguments, tasks: list[dict], accelerator: Accelerator, output_dir: Path):
-    """MSAM on the base checkpoint, with a TA-LoRA adapter."""
-    base = args.base
-    if base is None:
-        base = str(output_dir / "base")
-        with accelerator.main_process_first():
-            if not (output_dir / "base" / "config.json").exists():
-                peft_talora.save_small_sam(base, seed=0)
+def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft.PeftModel:
+    """An mSAM on the base checkpoint, with a TA-LoRA adapter."""
+    tasks = [engine.parse_task(text, {} if args.data_root else data.SYNTHETIC_TASKS) for text in args.tasks]
+    base = args.base or str(output_dir / "base")
+    with accelerator.main_process_first():
+        if args.base is None and not (output_dir / "base" / "config.json").exists():
+            peft_talora.save_small_sam(base)
     model = peft_talora.MSamModel.from_pretrained(
         base, tasks=tasks, decoder_mode=args.decoder_mode, image_size=args.image_size
     )
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     config = peft_talora.TALoRAConfig(
         r=args.r,
         r_task=args.r_task,
@@ -263,36 +261,24 @@ def build_model(args: TrainArguments, tasks: list[dict], accelerator: Accelerato
         target_modules=args.target_modules,
         train_norms=args.train_norms,
     )
-    model = peft.get_peft_model(model, config)
-    if args.activation_checkpointing:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    return model
+    return peft.get_peft_model(model, config)
 
 
-def build_datasets(args: TrainArguments, tasks) -> tuple:
+def build_datasets(
+    args: TrainArguments, tasks: Sequence[peft_talora.Task], image_size: int
+) -> tuple[data.AugmentedDataset, Dataset, Dataset]:
     """Training, validation and test images. Without a validation split, training images are held out for it."""
-    names = [task.name for task in tasks]
-
-    def read(split):
-        if args.data_root is None:
-            share = 1 if split == args.train_split else 8
-            return data.SyntheticScenes(split, args.num_images // share or 1, seed=args.seed, tasks=names)
-        ignored = {"segmentation": args.ignored_class} if "segmentation" in names else None
-        return data.FolderDataset(
-            args.data_root, split, tasks, derive_edges=args.derive_edges, ignored_classes=ignored
-        )
-
-    train_set = read(args.train_split)
-    if args.val_split is None:
+    read = partial(engine.open_split, args, tasks=tasks, image_size=image_size)
+    train_set, test_set = read(args.train_split), read(args.test_split)
+    if args.val_split is not None:
+        val_set = read(args.val_split)
+    else:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed)).tolist()
         held_out = max(1, round(args.val_fraction * len(train_set)))
         train_set, val_set = Subset(train_set, sorted(order[held_out:])), Subset(train_set, sorted(order[:held_out]))
-    else:
-        val_set = read(args.val_split)
-    augmentation = (
-        data.JointAugmentation(tasks) if args.augment else data.JointAugmentation(tasks, scales=(1.0,), flip=0.0)
-    )
-    return data.AugmentedDataset(train_set, augmentation, args.seed), val_set, read(args.test_split)
+    scales, flip = ((1.0, 1.2, 1.5), 0.5) if args.augment else ((1.0,), 0.0)
+    augmentation = data.JointAugmentation(tasks, scales=scales, flip=flip)
+    return data.AugmentedDataset(train_set, augmentation, args.seed), val_set, test_set
 
 
 def headline(metrics: dict[str, dict[str, float]]) -> str:
@@ -302,25 +288,40 @@ def headline(metrics: dict[str, dict[str, float]]) -> str:
     )
 
 
-@torch.no_grad()
-def report(model, results, processor, collator, test_set, output_dir: Path, args: TrainArguments) -> None:
-    """Write the adapter, results, picture and card; print the figures; upload if asked to."""
-    samples = [test_set[index] for index in range(min(6, len(test_set)))]
-    batch = collator(samples)
-    model.eval()
-    logits = []
-    for number, sample in enumerate(samples):
-        output = model(pixel_values=batch["pixel_values"][number : number + 1].to(model.device))
-        sizes = batch["original_sizes"][number : number + 1]
-        logits.append({k: v[0].cpu() for k, v in model.post_process(output.logits, sizes).items()})
-    with hub.write_aside(output_dir) as aside:
-        draw_predictions(collator.tasks, samples, logits).save(aside / "predictions.png")
+def report(run: Run) -> None:
+    """Measure the best adapter on the test images; write adapter, results, picture and card; upload if asked to."""
+    run.accelerator.wait_for_everyone()
+    checkpoint.load_adapter_only([run.model], run.output_dir / "best")
+    after, _ = run.measure(run.test_set)
+    if not run.accelerator.is_main_process:
+        return
+    model, progress = run.accelerator.unwrap_model(run.model), run.progress
+    results = {
+        "before": progress.before,
+        "after": after,
+        "parameters": engine.count_parameters(model),
+        "images": {"train": len(run.train_set), "validation": len(run.val_set), "test": len(run.test_set)},
+        "images_per_second": progress.images / progress.seconds,
+        "best_step": progress.best_step,
+        "history": progress.history,
+        "seed": run.args.seed,
+        "task_order": run.order,
+        "device": str(run.accelerator.device),
+        "processes": run.accelerator.num_processes,
+        "arguments": asdict(run.args),
+        "versions": {m.__name__: m.__version__ for m in (peft_talora, torch, transformers, peft, accelerate)},
+    }
+    samples = [run.test_set[index] for index in range(min(6, len(run.test_set)))]
+    logits = engine.predict(model, run.collator, samples)
+    with hub.write_aside(run.output_dir) as aside:
+        draw_predictions(run.collator.tasks, samples, logits).save(aside / "predictions.png")
         hub.write_json(aside / "results.json", results)
-    hub.save_adapter(model, output_dir, processor, hub.model_card(model, results, args.push_to_hub))
+    card = hub.model_card(model, results, run.args.push_to_hub)
+    hub.save_adapter(model, run.output_dir, run.collator.image_processor, card)
     print_table(results)
-    print(f"\nAdapter, results.json and predictions.png are in {output_dir}.")
-    if args.push_to_hub:
-        print(hub.push_to_hub(output_dir, args.push_to_hub))
+    print(f"\nAdapter, results.json and predictions.png are in {run.output_dir}.")
+    if run.args.push_to_hub:
+        print(hub.push_to_hub(run.output_dir, run.args.push_to_hub))
 
 
 def print_table(results: dict) -> None:

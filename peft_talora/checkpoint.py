@@ -1,0 +1,145 @@
+"""Checkpoints of a training run: written aside and renamed when whole, so that a kill at any moment leaves none half.
+
+Accelerate writes optimiser, scheduler, scaler and random states, and reads them without unpickling objects
+(`weights_only`); the model's part is the adapter alone, as safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .hub import WEIGHTS_NAME, check_safetensors, write_json
+
+PROGRESS_NAME = "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a training run is: all that a checkpoint holds besides tensors.
+
+    Attributes:
+        tasks: The tasks, in order, each as in `MSamConfig.tasks`.
+        step: Optimiser steps done.
+        epoch: The epoch under way.
+        batch: Batches done of that epoch.
+        best_loss: Lowest validation loss (sum over the tasks) so far.
+        best_step: Its step.
+        images: Images trained on.
+        seconds: Time spent in training steps.
+        before: Test metrics before training.
+        history: One entry per evaluation: step, losses and metrics on the validation images.
+    """
+
+    tasks: list[dict[str, Any]]
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+    """`Accelerator.save_state` hook: of a `PeftModel`, only what is trained is saved."""
+    model = models[0]
+    model = model.module if hasattr(model, "module") else model
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / WEIGHTS_NAME)
+    weights.clear()
+
+
+def load_adapter_only(models: list[nn.Module], folder: str) -> None:
+    """`Accelerator.load_state` hook, the counterpart of [`save_adapter_only`]."""
+    model = models.pop()
+    model = model.module if hasattr(model, "module") else model
+    file = Path(folder) / WEIGHTS_NAME
+    check_safetensors(file)
+    set_peft_model_state_dict(model, load_file(file), adapter_name=model.active_adapters[0])
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
+    """Write `folder/checkpoint-<step>` aside and rename it when it is whole; keep the `keep` newest.
+
+    Accelerate writes optimiser, scheduler, scaler and random states; the model's part is the adapter alone.
+    """
+    target = folder / f"checkpoint-{progress.step}"
+    aside = folder / f".saving-checkpoint-{progress.step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(aside / PROGRESS_NAME, asdict(progress))
+        _sync(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint to resume from: a path, or `latest` in `output_dir`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if wanted == "latest":
+        found = list_checkpoints(output_dir)
+        if not found:
+            raise ValueError(f"`resume_from_checkpoint` is 'latest', but {output_dir} holds no checkpoint-<step>.")
+        return found[-1]
+    path = Path(wanted)
+    if not (path / PROGRESS_NAME).is_file():
+        raise ValueError(f"`resume_from_checkpoint`: {wanted} is no checkpoint; it has no {PROGRESS_NAME}.")
+    return path
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, tasks: list[dict[str, Any]]) -> Progress:
+    """Restore a run, after `accelerator.prepare`. Returns how far it was.
+
+    Raises:
+        ValueError: If it was trained on other tasks than `tasks`.
+        OSError: If its weights are damaged.
+    """
+    progress = Progress(**json.loads((checkpoint / PROGRESS_NAME).read_text()))
+    if progress.tasks != tasks:
+        raise ValueError(
+            f"{checkpoint} was trained on the tasks {_describe(progress.tasks)}, this run has {_describe(tasks)}: "
+            "resume with the same tasks, or start anew in another `output_dir`."
+        )
+    accelerator.load_state(str(checkpoint))
+    return progress
+
+
+def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:
+    return {task["name"]: task["channels"] for task in tasks}
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

@@ -1,0 +1,65 @@
+"""Evaluate a trained adapter on a split.
+
+    python recipes/evaluate.py --adapter runs/train                       # the figures of its results.json again
+    accelerate launch --num_processes 8 recipes/evaluate.py --adapter user/name --data_root my_data --split test
+
+Data, split and batch size default to what the adapter was trained with, as its `results.json` says.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from accelerate import Accelerator
+
+import peft_talora
+from peft_talora import data, engine, hub
+
+
+@dataclass
+class EvaluateArguments(engine.DataArguments):
+    """What the recipe can be told, beside what `DataArguments` says."""
+
+    adapter: str = field(default="runs/train", metadata={"help": "The adapter's folder, or its Hub id."})
+    base: str | None = field(default=None, metadata={"help": "SAM checkpoint. None: the one the adapter names."})
+    split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    task_order: str = field(default="auto", metadata={"help": "'folded', 'sequential', or 'auto' by device."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
+
+
+def main() -> None:
+    """Load, measure, print."""
+    args = engine.parse_arguments(EvaluateArguments)
+    folder = hub.fetch(args.adapter)
+    args = engine.parse_arguments(EvaluateArguments, defaults=defaults_of(folder))
+    accelerator = Accelerator()
+    engine.set_threads(args, accelerator)
+    model = peft_talora.load(folder, base=args.base).to(accelerator.device)
+    base = model.get_base_model()
+    tasks = [base.task(name) for name in base.task_names]
+    collator = data.Collator(tasks, peft_talora.load_image_processor(folder))
+    dataset = engine.open_split(args, args.split, tasks, base.config.vision_config.image_size)
+    order = engine.resolve_task_order(args.task_order, accelerator.device)
+    metrics, _ = engine.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
+    for task, figures in metrics.items():
+        for name, value in figures.items():
+            accelerator.print(f"{task:<14}{name:<18}{value!r:>24}")
+    if args.output and accelerator.is_main_process:
+        output = Path(args.output)
+        with hub.write_aside(output.parent) as aside:
+            hub.write_json(aside / output.name, metrics)
+    accelerator.end_training()
+
+
+def defaults_of(folder: Path) -> dict:
+    """The data arguments of the training run, where the folder tells them."""
+    file = folder / "results.json"
+    if not file.is_file():
+        return {}
+    trained = json.loads(file.read_text())["arguments"]
+    known = {field.name for field in fields(engine.DataArguments)}
+    return {"split": trained["test_split"], **{name: value for name, value in trained.items() if name in known}}
+
+
+if __name__ == "__main__":
+    main()
