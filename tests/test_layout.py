@@ -1,0 +1,68 @@
+"""The layout holds: imports point one way, the public face is documented."""
+
+import ast
+from pathlib import Path
+
+import peft_talora
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "peft_talora"
+# What each part may import of the package; nothing is imported from a recipe.
+ALLOWED = {
+    "losses": set(),
+    "metrics": {"losses"},
+    "tasks": {"losses", "metrics"},
+    "resize": set(),
+    "task_head": set(),
+    "msam_config": {"tasks", "task_head"},
+    "msam": {"msam_config", "task_head", "resize", "tasks"},
+    "tuner": set(),
+    "data": {"tasks", "losses"},
+    "plotting": {"tasks"},
+    "small_sam": set(),
+    "version": set(),
+    "hub": {"msam", "tuner"},
+    "engine": {"data", "losses", "metrics", "tasks"},
+    "checkpoint": {"hub"},
+}
+
+
+def imported_parts(file: Path) -> set[str]:
+    """Top-level parts of the package that a file imports."""
+    depth = len(file.relative_to(PACKAGE).parts)
+    parts = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.level == depth:
+                parts |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "peft_talora":
+            parts |= {node.module.split(".")[1]} if "." in node.module else {"__init__"}
+        elif isinstance(node, ast.Import):
+            parts |= {"__init__" for alias in node.names if alias.name.split(".")[0] in ("peft_talora", "recipes")}
+    return parts
+
+
+def test_imports_point_one_way():
+    seen = set()
+    for file in PACKAGE.rglob("*.py"):
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        seen.add(part)
+        assert imported_parts(file) <= ALLOWED[part] | {part}, f"{file}: {imported_parts(file)}"
+    assert seen == set(ALLOWED)
+
+
+def test_every_public_name_is_documented_and_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in peft_talora.__all__:
+        assert name == "__version__" or f"`{name}`" in readme, name
+        value = getattr(peft_talora, name)
+        assert not callable(value) or value.__doc__, name
+
+
+def test_files_and_the_readme_s_tree_agree():
+    tree = (ROOT / "README.md").read_text().split("## Files")[1]
+    for file in [*PACKAGE.glob("*.py"), *(PACKAGE / "tuner").glob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        if file.name not in ("__init__.py", "version.py"):
+            assert file.name in tree, file
