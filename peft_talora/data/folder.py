@@ -1,0 +1,162 @@
+"""Images and labels from folders of files.
+
+=========  ==========================================================================================================
+classes    segmentation, edges, saliency, parts: one-channel png of class ids, or integer npy (H, W)
+depth      16-bit png in units of ``depth_scale`` metres (a millimetre by default), or npy (H, W) in metres; 0 unknown
+normals    npy (3, H, W) or (H, W, 3) of unit vectors, 0 unknown; or 8-bit RGB png of 127.5 · (1 + vector), where
+           vectors shorter than 0.1, such as the grey (128, 128, 128), are unknown and all others are renormalised
+=========  ==========================================================================================================
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..losses import IGNORE_INDEX
+from ..tasks import Task
+from .edges import boundaries
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+LABEL_SUFFIXES = (".png", ".npy")
+_SEGMENTATION = "segmentation"  # the folder that edges are derived from
+_SHORTEST_VECTOR = 0.1
+
+
+class FolderDataset(torch.utils.data.Dataset):
+    """Samples (see ``peft_talora.data``) from ``root/split/image/*`` and one folder per task beside ``image``.
+
+    Files belong together by their stem, and samples are in the order of stems. An image may lack the labels of some
+    tasks, not of all. Labels are checked when they are read.
+
+    Args:
+        root: folder of the dataset.
+        split: folder in ``root``, such as train or val.
+        tasks: what to read; each task's folder has its name.
+        derive_edges: where a task of kind edges has no folder, make its labels from the folder ``segmentation``:
+            boundaries between classes, and 255 along what is ignored.
+        ignored_classes: folder name → class id of its files that means "no label", if not 255; it becomes 255.
+        depth_scale: metres per unit of a depth png.
+
+    Raises:
+        ValueError: a folder is missing or empty, stems are not unique, or an image has no label of any task.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        tasks: Sequence[Task],
+        derive_edges: bool = False,
+        ignored_classes: Mapping[str, int] | None = None,
+        depth_scale: float = 0.001,
+    ):
+        folder = Path(root) / split
+        self.tasks, self.depth_scale = tuple(tasks), depth_scale
+        self.ignored_classes = dict(ignored_classes or {})
+        self.images = _list_files(folder / "image", IMAGE_SUFFIXES)
+        if not self.images:
+            raise ValueError(
+                f"{folder / 'image'} holds no images; allowed: files ending in {', '.join(IMAGE_SUFFIXES)}"
+            )
+        self.derived = {
+            t.name for t in self.tasks if derive_edges and t.kind == "edges" and not (folder / t.name).is_dir()
+        }
+        self._check_ignored_classes()
+        self.labels = {t.name: _list_files(folder / self._folder_name(t), LABEL_SUFFIXES) for t in self.tasks}
+        self.names = sorted(self.images)
+        for name in self.names:
+            if not any(name in files for files in self.labels.values()):
+                raise ValueError(f"{self.images[name]} has no label of any task; tasks: {', '.join(self.labels)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        name = self.names[index]
+        with Image.open(self.images[name]) as file:
+            pixels = np.array(file.convert("RGB"))
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+        labels = {}
+        for task in self.tasks:
+            path = self.labels[task.name].get(name)
+            if path is not None:
+                label = self._read_label(task, path)
+                task.check_label(label, tuple(image.shape[1:]), source=str(path))
+                labels[task.name] = label
+        return {"image": image, "labels": labels, "name": name}
+
+    def _folder_name(self, task):
+        return _SEGMENTATION if task.name in self.derived else task.name
+
+    def _check_ignored_classes(self):
+        folders = sorted({self._folder_name(task) for task in self.tasks})
+        for name in self.ignored_classes:
+            if name not in folders:
+                raise ValueError(f"ignored_classes names {name!r}; allowed: {', '.join(folders)}")
+
+    def _read_label(self, task, path):
+        if task.label_channels:
+            return torch.from_numpy(_read_vectors(path))
+        if task.label_dtype.is_floating_point:
+            return torch.from_numpy(_read_depth(path, self.depth_scale))
+        classes = _read_classes(path)
+        ignored = self.ignored_classes.get(self._folder_name(task), IGNORE_INDEX)
+        if task.name in self.derived:
+            classes = boundaries(classes, ignored)
+        elif ignored != IGNORE_INDEX:
+            classes = np.where(classes == ignored, IGNORE_INDEX, classes)
+        return torch.from_numpy(classes.astype(np.int64))
+
+
+def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Files by stem."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is missing; expected: <root>/<split>/image and beside it one folder per task, by its name"
+        )
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in suffixes:
+            continue
+        if path.stem in files:
+            raise ValueError(
+                f"{path} and {files[path.stem].name} have the same stem; stems must be unique in a folder"
+            )
+        files[path.stem] = path
+    return files
+
+
+def _read_array(path: Path, modes: Sequence[str]) -> np.ndarray:
+    """An npy as it is, or the pixels of a png in one of Pillow's ``modes``."""
+    if path.suffix.lower() == ".npy":
+        return np.load(path, allow_pickle=False)
+    with Image.open(path) as file:
+        if file.mode not in modes:
+            raise ValueError(f"{path} is an image of mode {file.mode}; allowed: {', '.join(modes)}")
+        return np.array(file)
+
+
+def _read_classes(path):
+    classes = _read_array(path, ("L", "P"))
+    if not np.issubdtype(classes.dtype, np.integer):
+        raise ValueError(f"{path} holds {classes.dtype}; allowed: integer class ids")
+    return classes
+
+
+def _read_depth(path, scale):
+    depth = _read_array(path, ("I;16", "I;16B", "I")).astype(np.float32)
+    return depth if path.suffix.lower() == ".npy" else depth * np.float32(scale)
+
+
+def _read_vectors(path):
+    vectors = _read_array(path, ("RGB",)).astype(np.float32)
+    if vectors.ndim == 3 and vectors.shape[0] != 3:
+        vectors = np.ascontiguousarray(vectors.transpose(2, 0, 1))
+    if path.suffix.lower() == ".npy":
+        return vectors
+    vectors = vectors / np.float32(127.5) - 1
+    length = np.sqrt((vectors**2).sum(axis=0))
+    return np.where(length < _SHORTEST_VECTOR, 0, vectors / np.maximum(length, _SHORTEST_VECTOR)).astype(np.float32)
