@@ -36,10 +36,10 @@ def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
     vision = SamVisionConfig(
         hidden_size=128,
         output_channels=WIDTH,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
-        window_size=7,
-        global_attn_indexes=[2, 5],
+        window_size=8,
+        global_attn_indexes=[1, 3],
         num_pos_feats=WIDTH // 2,
         mlp_dim=512,
         initializer_range=0.02,

@@ -18,15 +18,15 @@ UNCOMPRESSED_TASKS = 4
 def check_task_names(task_names: list[str]) -> None:
     """Raise ValueError unless the names are distinct identifiers that can name a module and a parameter.
 
-    A task's name is a key of `nn.ModuleDict` (its head) and of `nn.ParameterDict` (its row), hence neither may have an
-    attribute of that name.
+    A task's name is a key of `nn.ModuleDict` (its head) and of `nn.ParameterDict` (its row), hence no instance of
+    either may have an attribute of that name.
     """
     if not task_names:
         raise ValueError("`task_names` is an empty list; name at least one task, or leave it None.")
     for name in task_names:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"Task name {name!r} is not allowed: it names a module, so it must be an identifier.")
-        if name in dir(nn.ModuleDict) or name in dir(nn.ParameterDict):
+        if name in dir(nn.ModuleDict()) or name in dir(nn.ParameterDict()):
             raise ValueError(f"Task name {name!r} is not allowed: it is an attribute of PyTorch's containers.")
     repeated = sorted({name for name in task_names if task_names.count(name) > 1})
     if repeated:
@@ -107,13 +107,12 @@ class TALoRAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.TALORA
         # Sets would come back from JSON in another order, so they become sorted lists at once.
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, (set, tuple)):
-            self.exclude_modules = sorted(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(getattr(self, name), (set, tuple)):
+                setattr(self, name, sorted(getattr(self, name)))
         if self.task_names is not None:
-            if isinstance(self.task_names, str):
-                raise ValueError(f"`task_names` must be a list of names; got the string {self.task_names!r}.")
+            if not isinstance(self.task_names, (list, tuple)):
+                raise ValueError(f"`task_names` must be a list of names, in order; got {self.task_names!r}.")
             self.task_names = list(self.task_names)
             check_task_names(self.task_names)
         self._check_numbers()
@@ -124,9 +123,11 @@ class TALoRAConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def _check_numbers(self) -> None:
-        for name in ("r", "r_out", "r_task"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        ranks = {name: getattr(self, name) for name in ("r", "r_out", "r_task")}
+        ranks = {name: value for name, value in ranks.items() if value is not None or name == "r"}
+        ranks.update({f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()})
+        for name, value in ranks.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` must lie in [0, 1); got {self.dropout!r}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -129,10 +130,12 @@ class TALoRALayer(BaseTunerLayer):
             (T, D_out, r), in the parameters' dtype even under autocast; zero in the rows of disabled `qkv_parts`.
         """
         core_ORK, out_DO = self.talora_core[adapter_name], self.talora_out[adapter_name]
-        with torch.autocast(core_ORK.device.type, enabled=False):
-            task_TK = torch.stack(list(self.talora_task[adapter_name].values()))
+        with _without_autocast(core_ORK.device.type):
+            # By name: the container's own order is not that of the tasks.
+            rows = self.talora_task[adapter_name]
+            task_TK = torch.stack([rows[name] for name in self.task_state.task_names[adapter_name]])
             core_TOR = torch.einsum("tk,ork->tor", task_TK, core_ORK)
-            folded_TDR = self.scaling[adapter_name] * (out_DO @ core_TOR)
+            folded_TDR = self.scaling[adapter_name] * torch.einsum("do,tor->tdr", out_DO, core_TOR)
         parts = self.qkv_parts[adapter_name]
         if len(parts) == len(QKV_PARTS):
             return folded_TDR
@@ -158,10 +161,14 @@ class TALoRALayer(BaseTunerLayer):
         return (self.fold(adapter_name)[index].to(dtype) @ in_DR.T.to(dtype)).to(in_DR.dtype)
 
     def _task_index(self, adapter_name: str, task: str | int | None = None) -> int:
-        if task is not None:
-            return task_index(task, self.task_state.task_names[adapter_name])
-        rows = self.task_state.rows(adapter_name)
-        return 0 if rows is None else int(rows)
+        if task is None:
+            return self.task_state.selected_index(adapter_name)
+        return task_index(task, self.task_state.task_names[adapter_name])
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device_type)  # the meta device has none, and would raise
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 class Linear(nn.Module, TALoRALayer):
@@ -194,7 +201,8 @@ class Linear(nn.Module, TALoRALayer):
         # half-precision base would cost more than the base.
         dtype = x.dtype if self.cast_input_dtype_enabled else self.talora_in[adapter_name].dtype
         folded_TDR = self.fold(adapter_name).to(dtype)
-        z = self.talora_dropout[adapter_name](x) @ self.talora_in[adapter_name].to(dtype)
+        # `linear` and `einsum`, not `matmul`: that one's last bits depend on whether the parameters require gradients.
+        z = F.linear(self.talora_dropout[adapter_name](x), self.talora_in[adapter_name].to(dtype).T)
         ids_N = self.task_state.rows(adapter_name)
         if ids_N is None:
             return F.linear(z, folded_TDR[0])

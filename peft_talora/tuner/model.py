@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
 from .layer import Linear, TALoRALayer
-from .task_state import TaskEntry, TaskState, sync_base
+from .task_state import TaskEntry, TaskState
 
 # PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
 _PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
@@ -53,38 +53,39 @@ class TALoRAModel(BaseTuner):
         """Add an adapter; see `BaseTuner.inject_adapter`. Hooks the model so that it takes `task_ids`."""
         self._check_adapter_name(model, adapter_name)
         layers = _layers(model)
-        self.task_state = layers[0].task_state if layers else TaskState(_head_names(model))
+        self.task_state = layers[0].task_state if layers else TaskState(model, _head_names(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if not layers:
-            self._hook(model)
-        sync_base(model, self.task_state)
+        self._hook(model)
+        self.task_state.sync()
 
     def _hook(self, model: nn.Module) -> None:
-        adapted = [name for name, module in model.named_modules() if isinstance(module, TALoRALayer)]
-        for name, module in model.named_modules():
-            is_base = module is model
-            holds_targets = any(layer.startswith(f"{name}.") for layer in adapted)
-            if is_base or (isinstance(module, PreTrainedModel) and holds_targets):
-                entry = TaskEntry(module, self.task_state, is_base)
-                self.task_state.entries.append(entry)
+        entries = self.task_state.entries
+        hooked = {id(entry.module) for entry in entries}
+        for module in model.modules():
+            takes_tasks = module is model or (isinstance(module, PreTrainedModel) and _layers(module))
+            if takes_tasks and id(module) not in hooked:
+                entries.append(TaskEntry(module, self.task_state))
 
     def _check_adapter_name(self, model: nn.Module, adapter_name: str) -> None:
         """Refuse names with which PEFT's state dict keys would mistake other parameters for the adapter's."""
-        wrapped = [
-            name for name, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        ]
+        named = [*model.named_modules(), *model.named_parameters()]
+        wrapped = [name for name, m in named if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         components = {
             part
-            for name, _ in model.named_modules()
+            for name, _ in named
             if not any(name.startswith(f"{outer}.") for outer in wrapped)
             for part in name.split(".")
         }
-        tasks = self.peft_config[adapter_name].task_names or []
-        if adapter_name in components or adapter_name in tasks:
+        own_tasks = self.peft_config[adapter_name].task_names or _head_names(model) or [MAIN_TASK]
+        all_tasks = {*own_tasks, *(name for config in self.peft_config.values() for name in config.task_names or [])}
+        if adapter_name in components or adapter_name in all_tasks:
             raise ValueError(
-                f"Adapter name {adapter_name!r} is not allowed: a module of the model or a task has that name, and "
-                "saving would mix up their weights. Choose another `adapter_name`."
+                f"Adapter name {adapter_name!r} is not allowed: a module or parameter of the model or a task has that "
+                "name, and saving would mix up their weights. Choose another `adapter_name`."
             )
+        taken = [name for name in own_tasks if name in self.peft_config]
+        if taken:
+            raise ValueError(f"Task names {taken} are not allowed: adapters have these names.")
 
     def _prepare_adapter_config(self, peft_config: TALoRAConfig, model_config: dict) -> TALoRAConfig:
         """Fill in what the config leaves to the model: targets, tasks, `r_task`, modules to save."""
@@ -141,9 +142,10 @@ class TALoRAModel(BaseTuner):
             )
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        pattern = peft_config.rank_pattern
-        r = pattern.get(get_pattern_key(pattern.keys(), current_key), peft_config.r)
-        r_out = r if r != peft_config.r or peft_config.r_out is None else peft_config.r_out
+        ranks = peft_config.rank_pattern
+        single = ranks.get(get_pattern_key(ranks.keys(), current_key))
+        r = single or peft_config.r
+        r_out = single or peft_config.r_out or r
         alphas = peft_config.alpha_pattern
         alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.alpha)
         update = {
@@ -162,48 +164,39 @@ class TALoRAModel(BaseTuner):
             layer = Linear(target, adapter_name, self.task_state, **update, **get_quantization_kwargs(self))
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter does not train until it is chosen
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Overridden because the base class copies `weight` and `bias` onto the new module, which a composite module
-        # (a task head in `modules_to_save`) does not have (peft issue 3114).
+        # (a task head in `modules_to_save`) does not have (peft issue 3114). `update_layer` sees to the device.
         setattr(parent, child_name, new_module)
-        if not isinstance(new_module, TALoRALayer):
-            return
-        weight = new_module.weight
-        for name, module in new_module.named_modules():
-            if self.prefix in name and not any(p.is_meta for p in module.parameters()):
-                module.to(weight.device)
 
     def set_task(self, task: str | int | None, adapter_name: str | None = None) -> None:
         """Choose the task of the following calls, until another is chosen; see the function [`set_task`]."""
         set_task(self.model, task, adapter_name)
-        sync_base(self.model, self.task_state)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapter(s); see `BaseTuner.set_adapter`."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        sync_base(self.model, self.task_state)
+        self.task_state.sync()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
         self.task_state.task_names.pop(adapter_name, None)
         self.task_state.selected.pop(adapter_name, None)
-        sync_base(self.model, self.task_state)
+        self.task_state.sync()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the selected task; see `BaseTuner.merge_adapter`."""
         self._check_task_selected(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        sync_base(self.model, self.task_state)
+        self.task_state.sync()
 
     def unmerge_adapter(self) -> None:
         """Unmerge what was merged; see `BaseTuner.unmerge_adapter`."""
         super().unmerge_adapter()
-        sync_base(self.model, self.task_state)
+        self.task_state.sync()
 
     def _unload_and_optionally_merge(
         self,
@@ -215,7 +208,7 @@ class TALoRAModel(BaseTuner):
         if merge:
             self._check_task_selected(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        sync_base(model, self.task_state)
+        self.task_state.sync()
         for entry in self.task_state.entries:
             entry.remove()
         if self.task_state.head_names is not None:
@@ -225,11 +218,8 @@ class TALoRAModel(BaseTuner):
     def _check_task_selected(self, adapter_names: list[str] | None) -> None:
         """Before the first layer is merged, so that nothing is half merged."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.task_state.task_names and self.task_state.selected_name(name) is None:
-                raise ValueError(
-                    f"Adapter {name!r} has the tasks {self.task_state.task_names[name]} and none is selected: weights "
-                    "are merged for one task at a time, so call `set_task` first."
-                )
+            if name in self.task_state.task_names:
+                self.task_state.check_selected(name)
 
 
 def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None = None) -> None:
@@ -256,6 +246,7 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
     active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.talora_core)
     for name in active if adapter_name is None else [adapter_name]:
         layers[0].task_state.select(name, task)
+    layers[0].task_state.sync()
 
 
 @contextmanager

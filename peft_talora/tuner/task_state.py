@@ -11,6 +11,7 @@ the checkpoint functions of the blocks are wrapped: what they run, now or later,
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
@@ -26,16 +27,18 @@ def task_index(task: str | int, task_names: list[str]) -> int:
         if task not in task_names:
             raise ValueError(f"Unknown task {task!r}; the tasks are {task_names}.")
         return task_names.index(task)
-    if not 0 <= task < len(task_names):
-        raise ValueError(f"Task index {task} is out of range; the {len(task_names)} tasks are {task_names}.")
-    return int(task)
+    index = operator.index(task)
+    if not 0 <= index < len(task_names):
+        raise ValueError(f"Task index {index} is out of range; the {len(task_names)} tasks are {task_names}.")
+    return index
 
 
 class TaskState:
     """Which task every row of the batch belongs to, for all adapters of one model.
 
     Attributes:
-        layers: The adapted layers of the model.
+        base: The model that was adapted.
+        layers: Its adapted layers.
         head_names: Names of the model's heads, in order, or None for a model without `task_heads`. An index in
             `task_ids` is a position in this list if there is one, else in the adapter's own list.
         task_names: The list of tasks of every adapter.
@@ -44,7 +47,8 @@ class TaskState:
         calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
     """
 
-    def __init__(self, head_names: list[str] | None):
+    def __init__(self, base: nn.Module, head_names: list[str] | None):
+        self.base = base
         self.layers: list[nn.Module] = []
         self.head_names = head_names
         self.task_names: dict[str, list[str]] = {}
@@ -63,26 +67,30 @@ class TaskState:
         in_flight = self.calls[-1][1] if self.calls else None
         if in_flight is not None:
             return in_flight[adapter_name]
-        if adapter_name not in self.selected:
-            raise ValueError(
-                f"Adapter {adapter_name!r} has the tasks {self.task_names[adapter_name]} and none is selected: pass "
-                "`task_ids` (one per sample) or call `set_task`."
-            )
+        self.check_selected(adapter_name)
         return self.selected[adapter_name]
+
+    def check_selected(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter has several tasks and there is no lasting choice."""
+        if len(self.task_names[adapter_name]) > 1 and adapter_name not in self.selected:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has the tasks {self.task_names[adapter_name]} and none is selected: call "
+                "`set_task`, or pass `task_ids` (one per sample) to forward. Merging needs `set_task`."
+            )
 
     def select(self, adapter_name: str, task: str | int | None) -> None:
         """Make a lasting choice; None takes it back."""
+        if adapter_name not in self.task_names:
+            raise ValueError(f"Unknown adapter {adapter_name!r}; the TA-LoRA adapters are {list(self.task_names)}.")
         if task is None:
             self.selected.pop(adapter_name, None)
         else:
             self.selected[adapter_name] = torch.tensor([task_index(task, self.task_names[adapter_name])])
 
-    def selected_name(self, adapter_name: str) -> str | None:
-        """The name of the adapter's task where only one can be meant: its single one or the lasting choice."""
-        names = self.task_names[adapter_name]
-        if len(names) == 1:
-            return names[0]
-        return names[int(self.selected[adapter_name])] if adapter_name in self.selected else None
+    def selected_index(self, adapter_name: str) -> int:
+        """The position of the adapter's one task that can be meant: its only one, or the lasting choice."""
+        self.check_selected(adapter_name)
+        return int(self.selected[adapter_name]) if len(self.task_names[adapter_name]) > 1 else 0
 
     def multi_task_adapters(self) -> list[str]:
         """Adapters of several tasks that take part in a forward now: active, enabled, unmerged."""
@@ -104,6 +112,8 @@ class TaskState:
         """Turn the `task_ids` of a call into indices for each active adapter of several tasks. Checks them all."""
         if isinstance(task_ids, (str, int)) or (isinstance(task_ids, torch.Tensor) and task_ids.ndim != 1):
             raise ValueError(f"`task_ids` must hold one task per sample, in one dimension; got {task_ids!r}.")
+        if isinstance(task_ids, torch.Tensor) and task_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"`task_ids` must be a tensor of type int64 or int32; got {task_ids.dtype}.")
         if batch_size is not None and len(task_ids) != batch_size:
             raise ValueError(
                 f"`task_ids` has {len(task_ids)} entries for a batch of {batch_size}: give one per sample."
@@ -121,8 +131,21 @@ class TaskState:
                 return task_ids
             table = torch.tensor([own.index(name) if name in own else -1 for name in known], device=task_ids.device)
             return table[task_ids]
-        names = [task if isinstance(task, str) else known[task_index(int(task), known)] for task in task_ids]
+        names = [task if isinstance(task, str) else known[task_index(task, known)] for task in task_ids]
         return torch.tensor([task_index(name, own) for name in names])
+
+    def sync(self) -> None:
+        """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
+        for layer in self.layers:
+            if layer.disable_adapters and layer.merged:
+                layer.unmerge()
+        if self.head_names is None:
+            return
+        self.base.task_conditional = bool(self.multi_task_adapters())
+        merged = self.merged_task()
+        if merged is not None or self.merge_is_ours:
+            self.base.merged_task = merged
+            self.merge_is_ours = merged is not None
 
     @contextmanager
     def restored(self, selected: dict[str, torch.Tensor], call: dict[str, torch.Tensor] | None):
@@ -169,9 +192,10 @@ class TaskEntry:
     `task_ids` is taken out of the arguments unless the module's own forward names it (mSAM's does, to choose heads).
     """
 
-    def __init__(self, module: nn.Module, state: TaskState, is_base: bool):
+    def __init__(self, module: nn.Module, state: TaskState):
+        self.module = module
         self.state = state
-        self.is_base = is_base
+        self.is_base = module is state.base
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.blocks = [block for block in module.modules() if hasattr(block, "gradient_checkpointing")]
         self.handles = [
@@ -195,7 +219,7 @@ class TaskEntry:
         inherited = state.calls[-1][1] if state.calls else None
         state.calls.append((self, inherited))
         if self.is_base:
-            sync_base(module, state)
+            state.sync()
         self._wrap_checkpoints()
         if kwargs.get("task_ids") is not None:
             if state.merged_task() is not None:
@@ -228,22 +252,11 @@ class TaskEntry:
             return kwargs
         if len(args) > self.parameters.index("tasks") or not self.state.selected:
             return kwargs
-        chosen = {self.state.selected_name(name) for name in self.state.multi_task_adapters()} - {None}
-        return {**kwargs, "tasks": sorted(chosen)} if chosen else kwargs
-
-
-def sync_base(base: nn.Module, state: TaskState) -> None:
-    """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
-    for layer in state.layers:
-        if layer.disable_adapters and layer.merged:
-            layer.unmerge()
-    if state.head_names is None:
-        return
-    base.task_conditional = bool(state.multi_task_adapters())
-    merged = state.merged_task()
-    if merged is not None or state.merge_is_ours:
-        base.merged_task = merged
-        state.merge_is_ours = merged is not None
+        state = self.state
+        chosen = [name for name in state.multi_task_adapters() if name in state.selected]
+        tasks = {state.task_names[name][state.selected_index(name)] for name in chosen}
+        tasks = (tasks | {state.merged_task()}) - {None}
+        return {**kwargs, "tasks": sorted(tasks)} if tasks else kwargs
 
 
 def _batch_size(args: tuple, kwargs: dict) -> int | None:
