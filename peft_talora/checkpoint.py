@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import extract_model_from_parallel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,18 +55,18 @@ class Progress:
 
 
 def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """`Accelerator.save_state` hook: of a `PeftModel`, only what is trained is saved."""
-    model = models[0]
-    model = model.module if hasattr(model, "module") else model
+    """`Accelerator.save_state` hook: of a `PeftModel`, only what is trained is saved, once for all processes."""
+    weights.clear()
+    if not PartialState().is_main_process:
+        return
+    model = extract_model_from_parallel(models[0])
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
     save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / WEIGHTS_NAME)
-    weights.clear()
 
 
 def load_adapter_only(models: list[nn.Module], folder: str) -> None:
     """`Accelerator.load_state` hook, the counterpart of [`save_adapter_only`]."""
-    model = models.pop()
-    model = model.module if hasattr(model, "module") else model
+    model = extract_model_from_parallel(models.pop())
     file = Path(folder) / WEIGHTS_NAME
     check_safetensors(file)
     set_peft_model_state_dict(model, load_file(file), adapter_name=model.active_adapters[0])
@@ -74,8 +75,13 @@ def load_adapter_only(models: list[nn.Module], folder: str) -> None:
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
     """Write `folder/checkpoint-<step>` aside and rename it when it is whole; keep the `keep` newest.
 
-    Accelerate writes optimiser, scheduler, scaler and random states; the model's part is the adapter alone.
+    Checkpoints of later steps go as well: they are of a run that was given up for this one.
+
+    Raises:
+        ValueError: If `keep` is less than 1.
     """
+    if keep < 1:
+        raise ValueError(f"`save_total_limit` is {keep}; allowed: 1 or more.")
     target = folder / f"checkpoint-{progress.step}"
     aside = folder / f".saving-checkpoint-{progress.step}"
     if accelerator.is_main_process:
@@ -87,16 +93,20 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     if accelerator.is_main_process:
         write_json(aside / PROGRESS_NAME, asdict(progress))
         _sync(aside)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _remove(target)
         aside.rename(target)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        found = list_checkpoints(folder)
+        newest = found.index(target) + 1
+        for old in found[newest:] + found[: max(0, newest - keep)]:
+            _remove(old)
     accelerator.wait_for_everyone()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    """The whole checkpoints of a run, oldest first."""
+    found = [file.parent for file in folder.glob(f"checkpoint-*/{PROGRESS_NAME}")]
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -136,6 +146,11 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, tasks: list[dict
 
 def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:
     return {task["name"]: task["channels"] for task in tasks}
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / PROGRESS_NAME).unlink(missing_ok=True)  # first, so that a kill leaves no half that looks whole
+    shutil.rmtree(checkpoint)
 
 
 def _sync(folder: Path) -> None:

@@ -198,7 +198,7 @@ def evaluate(
         order: `folded` or `sequential`.
 
     Returns:
-        metrics by task and metric, and losses by task.
+        metrics by task and metric, and losses by task, of the tasks that have labels there.
     """
     model = accelerator.unwrap_model(model)
     was_training = model.training
@@ -236,7 +236,8 @@ def _pool(accelerator: Accelerator, metrics, sums) -> tuple[dict[str, dict[str, 
             sums[name] = add(sums[name].to(accelerator.device)).cpu()
         figures[name] = metric.compute()
         total, batches = sums[name].tolist()
-        losses[name] = total / batches if batches else float("nan")
+        if batches:
+            losses[name] = total / batches
     return figures, losses
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import SamImageProcessorPil
@@ -60,8 +62,8 @@ def save_adapter(
 ) -> None:
     """Write all that was trained of an adapted mSAM, and what rebuilds the model around it.
 
-    Works for every PEFT method on an `MSamModel`, stock LoRA included. A base checkpoint inside `folder` is named by
-    its relative path, so that the folder can move.
+    Works for every PEFT method on an `MSamModel`, stock LoRA included, and for an adapter of any name. A base
+    checkpoint inside `folder` is named by its relative path, so that the folder can move.
 
     Args:
         model: A `PeftModel` around an `MSamModel`, with one adapter or an active one.
@@ -70,13 +72,16 @@ def save_adapter(
         card: Text of the model card; None leaves PEFT's.
     """
     folder = Path(folder)
-    base = model.get_base_model()
+    base, adapter = model.get_base_model(), model.active_adapters[0]
     with write_aside(folder) as aside:
-        model.save_pretrained(aside, selected_adapters=[model.active_adapters[0]], save_embedding_layers=False)
+        model.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
+        if adapter != "default":  # PEFT gives every other name a folder of its own
+            for file in (aside / adapter).iterdir():
+                file.rename(aside / file.name)
         write_json(
             aside / MSAM_CONFIG_NAME,
             {
-                "base_model_name_or_path": _relative(base.config._name_or_path, folder),
+                "base_model_name_or_path": _locate(base.config._name_or_path, folder),
                 "decoder_mode": base.config.decoder_mode,
                 "image_size": base.config.vision_config.image_size,
                 "tasks": base.config.tasks,
@@ -111,22 +116,36 @@ def load(
     check_safetensors(folder / WEIGHTS_NAME)
     if base is None:
         base = config["base_model_name_or_path"]
+        if not base:
+            raise ValueError(f"{folder} names no base checkpoint, as its model had none: give `base`.")
         base = folder / base if (folder / base).is_dir() else base
     model = MSamModel.from_pretrained(
         base, tasks=config["tasks"], decoder_mode=config["decoder_mode"], image_size=config["image_size"]
     )
-    model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    try:
+        model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    except RuntimeError as error:  # how PyTorch reports weights of another shape
+        raise ValueError(f"The adapter {adapter} does not fit the base {base}: {error}") from error
     return model.train(is_trainable)
 
 
 def fetch(adapter: str | Path, revision: str | None = None) -> Path:
-    """The folder of an adapter: itself, or the downloaded copy of a Hub repository."""
-    return Path(adapter) if Path(adapter).is_dir() else Path(snapshot_download(str(adapter), revision=revision))
+    """The folder of an adapter: itself, or the downloaded copy of a Hub repository.
+
+    Raises:
+        OSError: If it is neither.
+    """
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    try:
+        return Path(snapshot_download(str(adapter), revision=revision))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise OSError(f"{adapter} is no folder, and no repository of the Hub within reach: {error}") from error
 
 
-def load_image_processor(adapter: str | Path) -> SamImageProcessorPil:
+def load_image_processor(adapter: str | Path, revision: str | None = None) -> SamImageProcessorPil:
     """The image processor that was saved beside an adapter."""
-    return SamImageProcessorPil.from_pretrained(fetch(adapter))
+    return SamImageProcessorPil.from_pretrained(fetch(adapter, revision))
 
 
 def check_safetensors(file: str | Path) -> None:
@@ -174,7 +193,7 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
     name = base.config._name_or_path
     metadata = ["library_name: peft", "pipeline_tag: image-segmentation", "license: apache-2.0"]
     metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]
-    if name and not Path(name).exists():
+    if _is_hub_id(name):
         metadata.append(f"base_model: {name}")
     tasks = "\n".join(f"- `{t['name']}` ({t['kind']}, {t['channels']} channels)" for t in base.config.tasks)
     rows = "\n".join(
@@ -221,11 +240,20 @@ images/s in training; versions: {", ".join(f"{k} {v}" for k, v in results["versi
 """
 
 
-def _relative(base: str, folder: Path) -> str:
-    path, folder = Path(base), folder.resolve()
-    if path.exists() and path.resolve().is_relative_to(folder):
-        return str(path.resolve().relative_to(folder))
-    return base
+def _locate(base: str, folder: Path) -> str:
+    """A base checkpoint as `folder` names it: by its path from there, its full path, or its Hub id."""
+    if not base or not Path(base).is_dir():
+        return base
+    path, folder = Path(base).resolve(), folder.resolve()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _is_hub_id(base: str) -> bool:
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return not Path(base).exists()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python recipes/evaluate.py --adapter runs/train                       # the figures of its results.json again
     accelerate launch --num_processes 8 recipes/evaluate.py --adapter user/name --data_root my_data --split test
 
-Data, split and batch size default to what the adapter was trained with, as its `results.json` says.
+Data, split, batch size and task order default to what the adapter was trained with, as its `results.json` says.
 """
 
 import json
@@ -52,13 +52,15 @@ def main() -> None:
 
 
 def defaults_of(folder: Path) -> dict:
-    """The data arguments of the training run, where the folder tells them."""
+    """What decides the last digits of the training run's figures, where the folder tells it."""
     file = folder / "results.json"
     if not file.is_file():
         return {}
-    trained = json.loads(file.read_text())["arguments"]
+    results = json.loads(file.read_text())
+    trained = results["arguments"]
     known = {field.name for field in fields(engine.DataArguments)}
-    return {"split": trained["test_split"], **{name: value for name, value in trained.items() if name in known}}
+    defaults = {name: value for name, value in trained.items() if name in known}
+    return {"split": trained["test_split"], "task_order": results["task_order"], **defaults}
 
 
 if __name__ == "__main__":

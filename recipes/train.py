@@ -58,14 +58,17 @@ class TrainArguments(engine.DataArguments):
     r_task: int | None = field(default=None, metadata={"help": "Rank of the task factor. None: tasks, up to four."})
     alpha: float | None = field(default=None, metadata={"help": "The update is scaled by alpha / r. None: r / 2."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
-    target_modules: str | None = field(default=None, metadata={"help": "Layers to adapt, a regular expression."})
+    target_modules: str = field(
+        default=r".*vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])",
+        metadata={"help": "Layers to adapt, a regular expression: all linears of the blocks; the paper has qkv."},
+    )
     train_norms: bool = field(default=True, metadata={"help": "Train the layer norms of the encoder's blocks too."})
 
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per step and process."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per pass and process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Decoupled weight decay."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with a rising learning rate."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
@@ -205,7 +208,15 @@ def build(args: TrainArguments) -> Run:
     collator = data.Collator([base.task(name) for name in base.task_names], processor)
     train_set, val_set, test_set = build_datasets(args, collator.tasks, base.config.vision_config.image_size)
     batch_size = args.per_device_train_batch_size
-    loader = DataLoader(train_set, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collator)
+    loader = DataLoader(
+        train_set,
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
+        generator=torch.Generator().manual_seed(args.seed),
+    )
     if len(loader) < accelerator.num_processes:
         raise ValueError(
             f"{len(train_set)} training images do not fill one batch of `per_device_train_batch_size`={batch_size} on "

@@ -1,0 +1,214 @@
+"""Checkpoints: what a run needs to go on as if nothing had happened, and nothing half."""
+
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import get_linear_schedule_with_warmup
+
+from peft_talora import MSamModel, TALoRAConfig, checkpoint
+from peft_talora.checkpoint import Progress, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+
+TASKS = {"depth": 1, "normals": 3}
+
+
+def make_run(sam_folder, seed=0, tasks=TASKS):
+    """A run as the training recipe builds it, with dropout, on images drawn from PyTorch's random numbers."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        MSamModel.from_pretrained(sam_folder, tasks=tasks), TALoRAConfig(r=4, dropout=0.3, init_weights=False)
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = accelerator.prepare(get_linear_schedule_with_warmup(optimizer, 2, 20))
+    accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
+    accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
+    return SimpleNamespace(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        progress=Progress(tasks=model.get_base_model().config.tasks),
+    )
+
+
+def train(run, steps):
+    """Losses of some steps."""
+    losses = []
+    for _ in range(steps):
+        logits = run.model(pixel_values=torch.randn(1, 3, 64, 64)).logits
+        loss = sum(value.square().mean() for value in logits.values())
+        run.accelerator.backward(loss)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.progress.step += 1
+        losses.append(loss.item())
+    return losses
+
+
+def trained(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def save(run, folder, keep=2):
+    save_checkpoint(run.accelerator, folder, run.progress, keep)
+
+
+@pytest.fixture(scope="module")
+def run(sam_folder):
+    """A run that some tests save; its step is theirs to set."""
+    run = make_run(sam_folder)
+    train(run, 1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory):
+    """A checkpoint, to be copied and damaged."""
+    folder = tmp_path_factory.mktemp("saved")
+    run.progress.step = 1
+    save(run, folder)
+    return folder / "checkpoint-1"
+
+
+def test_a_run_goes_on_as_if_nothing_had_happened(sam_folder, tmp_path):
+    first = make_run(sam_folder)
+    train(first, 2)
+    first.progress.history.append(
+        {"step": 2, "loss": 1.5, "losses": {"depth": 1.5}, "metrics": {"depth": {"rmse": 2}}}
+    )
+    first.progress.best_loss, first.progress.seconds = 1.5, 0.1 + 0.2
+    save(first, tmp_path)
+    at_saving = trained(first)
+    expected = train(first, 3), random.random(), np.random.rand()
+
+    second = make_run(sam_folder, seed=1)
+    train(second, 1)
+    assert not all(torch.equal(a, b) for a, b in zip(trained(second).values(), at_saving.values(), strict=True))
+    tasks = second.progress.tasks
+    second.progress = load_checkpoint(second.accelerator, tmp_path / "checkpoint-2", tasks)
+    assert second.progress == Progress(
+        tasks=tasks, step=2, best_loss=1.5, seconds=0.1 + 0.2, history=first.progress.history
+    )
+    assert_same_tensors(trained(second), at_saving)
+    assert (train(second, 3), random.random(), np.random.rand()) == expected
+    assert_same_tensors(trained(second), trained(first))
+    assert second.scheduler.get_last_lr() == first.scheduler.get_last_lr()
+
+
+def test_only_what_is_trained_is_saved(run, saved):
+    weights = load_file(saved / "adapter_model.safetensors")
+    assert sum(value.numel() for value in weights.values()) == sum(value.numel() for value in trained(run).values())
+    assert all("talora_" in name or "task_heads." in name for name in weights)
+    assert {path.name for path in saved.iterdir()} == {
+        "adapter_model.safetensors",
+        "optimizer.bin",
+        "progress.json",
+        "random_states_0.pkl",
+        "scheduler.bin",
+    }
+
+
+def test_the_newest_are_kept(run, tmp_path):
+    for step in (8, 9, 10):
+        run.progress.step = step
+        save(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+
+
+def test_checkpoints_of_a_run_that_was_given_up_do_not_outlive_a_new_one(run, tmp_path):
+    for step in (100, 200):
+        run.progress.step = step
+        save(run, tmp_path)
+    run.progress.step = 7
+    save(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_at_least_one_is_kept(run, tmp_path):
+    with pytest.raises(ValueError, match="`save_total_limit` is 0; allowed: 1 or more"):
+        save(run, tmp_path, keep=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_leftover_of_a_killed_save_is_ignored_and_replaced(run, saved, tmp_path):
+    leftover = tmp_path / ".saving-checkpoint-5"
+    shutil.copytree(saved, leftover)
+    (leftover / "junk.bin").write_bytes(b"half")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path, "latest")
+    run.progress.step = 5
+    save(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert {path.name for path in (tmp_path / "checkpoint-5").iterdir()} == {path.name for path in saved.iterdir()}
+
+
+def test_saving_the_same_step_again_replaces_it(run, tmp_path):
+    run.progress.step = 3
+    save(run, tmp_path)
+    (tmp_path / "checkpoint-3" / "junk.bin").write_bytes(b"old")
+    save(run, tmp_path)
+    assert not (tmp_path / "checkpoint-3" / "junk.bin").exists()
+
+
+def test_a_failed_save_leaves_the_older_checkpoint(run, saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "checkpoint-1")
+    run.progress.step = 2
+    monkeypatch.setattr(checkpoint, "write_json", lambda file, content: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(run, tmp_path)
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
+
+
+def test_half_removed_and_foreign_folders_are_no_checkpoints(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoint-4")
+    for name in ("checkpoint-9", "checkpoint-best", "best"):
+        (tmp_path / name).mkdir()
+        shutil.copy(saved / "optimizer.bin", tmp_path / name)
+    shutil.copy(saved / "progress.json", tmp_path / "checkpoint-best")
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-4"]
+
+
+def test_a_checkpoint_is_found_by_path(saved, tmp_path):
+    assert find_checkpoint(tmp_path, str(saved)) == saved
+    with pytest.raises(ValueError, match=r"'latest', but .*nowhere holds no checkpoint"):
+        find_checkpoint(tmp_path / "nowhere", "latest")
+    with pytest.raises(ValueError, match=r"nothing is no checkpoint; it has no progress\.json"):
+        find_checkpoint(tmp_path, str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("other", [{"depth": 1, "edges": 1}, {"normals": 3, "depth": 1}, {"depth": 1}])
+def test_other_tasks_than_trained_are_refused(other, run, saved):
+    tasks = [{"name": name, "kind": name, "channels": channels} for name, channels in other.items()]
+    before = trained(run)
+    with pytest.raises(ValueError, match="trained on the tasks") as error:
+        load_checkpoint(run.accelerator, saved, tasks)
+    assert str(TASKS) in str(error.value)
+    assert str(other) in str(error.value)
+    assert_same_tensors(trained(run), before)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1000])
+def test_truncated_weights_are_named(kept, run, saved, tmp_path):
+    damaged = Path(shutil.copytree(saved, tmp_path / "checkpoint-1"))
+    file = damaged / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(OSError, match=r"checkpoint-1/adapter_model\.safetensors: truncated or corrupt"):
+        load_checkpoint(run.accelerator, damaged, run.progress.tasks)

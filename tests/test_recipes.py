@@ -1,0 +1,283 @@
+"""The recipes, as processes of their own on a tiny SAM: trained, evaluated, killed and resumed, on two processes."""
+
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import peft_talora
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TRAIN, EVALUATE = str(RECIPES / "train.py"), str(RECIPES / "evaluate.py")
+PYTHON = [sys.executable]
+TASKS = ["segmentation", "depth", "normals"]
+SMALL = ["--num_images", "16", "--per_device_train_batch_size", "2", "--num_train_epochs", "2", "--num_threads", "1"]
+SMALL += ["--learning_rate", "1e-3"]
+# Random states matter: dropout and augmentation. 14 training images make 7 batches and 4 steps an epoch, so the
+# checkpoints of steps 3 and 6 lie within epochs.
+REPEATABLE = ["--dropout", "0.1", "--gradient_accumulation_steps", "2", "--save_steps", "3"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(command, *arguments):
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    """Exit code and output; a process that hangs is killed with all it started."""
+    try:
+        output, _ = process.communicate(timeout=240)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, output
+
+
+def run(command, *arguments):
+    code, output = finish(start(command, *arguments))
+    assert code == 0, output
+    return output
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_same_weights(folder, other):
+    weights, others = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def small(sam_folder):
+    return ["--base", sam_folder, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """The folders of two runs of the same arguments, at the same time: one goes through, one is killed.
+
+    The kill comes as soon as the second checkpoint is there.
+    """
+    trained, killed = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("killed")
+    launch = [*PYTHON, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    through = start(launch, TRAIN, *small, *REPEATABLE, "--output_dir", trained)
+    victim = start(PYTHON, TRAIN, *small, *REPEATABLE, "--output_dir", killed)
+    try:
+        while not (killed / "checkpoint-6").exists():
+            assert victim.poll() is None, victim.communicate()[0]
+            time.sleep(0.005)
+    finally:
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.communicate()
+        code, output = finish(through)
+    assert code == 0, output
+    return trained, killed
+
+
+@pytest.fixture(scope="module")
+def trained(runs):
+    return runs[0]
+
+
+def test_training_writes_all_that_it_promises(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "best",
+        "checkpoint-3",
+        "checkpoint-6",
+        "msam_config.json",
+        "predictions.png",
+        "preprocessor_config.json",
+        "results.json",
+    }
+    picture = np.asarray(Image.open(trained / "predictions.png").convert("RGB"))
+    assert picture.std() > 20
+    results = read_results(trained)
+    assert list(results["before"]) == list(results["after"]) == TASKS
+    for task, metrics in results["after"].items():
+        assert metrics.keys() == results["before"][task].keys()
+        assert all(math.isfinite(value) for value in metrics.values())
+    assert results["parameters"]["all"] > sum(results["parameters"][kind] for kind in ("adapter", "heads", "other"))
+    assert min(results["parameters"].values()) > 0
+    assert results["images"] == {"train": 14, "validation": 2, "test": 2}
+    assert results["images_per_second"] > 0
+    assert results["seed"] == 0
+    assert results["arguments"]["dropout"] == 0.1
+    assert set(results["versions"]) == {"peft_talora", "torch", "transformers", "peft", "accelerate"}
+    assert [entry["step"] for entry in results["history"]] == [4, 8]
+    card = (trained / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft"
+    assert "| depth | rmse |" in card
+
+
+def test_training_lowers_the_losses(trained):
+    results = read_results(trained)
+    first, last = (entry["losses"] for entry in results["history"])
+    assert all(last[task] < first[task] for task in TASKS)
+    assert results["best_step"] == 8
+    before, after = results["before"], results["after"]
+    assert after["depth"]["rmse"] < before["depth"]["rmse"]
+    assert after["normals"]["mean_angle"] < before["normals"]["mean_angle"]
+    assert after["segmentation"]["pixel_accuracy"] > before["segmentation"]["pixel_accuracy"]
+
+
+def test_evaluation_repeats_the_figures_to_the_last_digit(trained, tmp_path):
+    output = run(PYTHON, EVALUATE, "--adapter", trained, "--output", tmp_path / "figures.json")
+    after = read_results(trained)["after"]
+    assert json.loads((tmp_path / "figures.json").read_text()) == after
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert repr(after["depth"]["rmse"]) in output
+
+
+def test_a_killed_run_resumes_to_the_same_weights(small, runs):
+    trained, killed = runs
+    assert {path.name for path in killed.iterdir()} >= {"checkpoint-3", "checkpoint-6"}
+    assert not (killed / "results.json").exists()
+    progress = json.loads((killed / "checkpoint-6" / "progress.json").read_text())
+    assert (progress["epoch"], progress["batch"]) == (1, 4)
+    resume = ["--output_dir", killed, "--resume_from_checkpoint", "latest"]
+    output = run(PYTHON, TRAIN, *small, *REPEATABLE, *resume)
+    assert "checkpoint-6: step 6 of 8" in output
+    assert_same_weights(killed, trained)
+    resumed, uninterrupted = read_results(killed), read_results(trained)
+    for key in ("before", "after", "history", "best_step"):
+        assert resumed[key] == uninterrupted[key], key
+
+
+def test_resuming_with_other_tasks_is_refused(small, trained):
+    weights = (trained / "adapter_model.safetensors").read_bytes()
+    arguments = [*small, "--tasks", "depth", "edges", "--output_dir", trained, "--resume_from_checkpoint", "latest"]
+    code, output = finish(start(PYTHON, TRAIN, *arguments))
+    assert code != 0
+    trained_on, given = "{'segmentation': 10, 'depth': 1, 'normals': 3}", "{'depth': 1, 'edges': 1}"
+    assert f"was trained on the tasks {trained_on}, this run has {given}" in output
+    assert (trained / "adapter_model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "depth", "heat"], "task 'heat': write name=channels or name=kind:channels"),
+        (["--tasks", "depth", "heat=1"], "kind 'heat' of task 'heat' is none of segmentation, depth"),
+        (["--task_order", "both"], "`task_order` must be 'folded', 'sequential' or 'auto'; got 'both'"),
+        (["--per_device_train_batch_size", "15"], "14 training images do not fill one batch"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, small, tmp_path, monkeypatch):
+    threads = ["--num_threads", str(torch.get_num_threads())]  # of this process, where it runs for speed
+    arguments = [*small, *threads, *arguments, "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [TRAIN, *arguments])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runpy.run_path(TRAIN, run_name="__main__")
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_folder_dataset(root):
+    """Ten images of 48 × 64 and 40 × 40 pixels in `train`, three in `test`: a bright rectangle on dark ground.
+
+    Classes 0 and 1, and 9 around the border for "no label". The first image of `train` has a depth, and no
+    segmentation; no other has a depth.
+    """
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 3)):
+        for name in ("image", "segmentation", "depth"):
+            (root / split / name).mkdir(parents=True)
+        for index in range(count):
+            height, width = (48, 64) if index % 2 else (40, 40)
+            classes = np.zeros((height, width), dtype=np.uint8)
+            top, left = generator.integers(4, 16, size=2)
+            classes[top : top + 16, left : left + 20] = 1
+            image = generator.integers(0, 60, size=(height, width, 3)) + 150 * classes[..., None]
+            classes[:2] = classes[-2:] = 9
+            Image.fromarray(image.astype(np.uint8)).save(root / split / "image" / f"{index}.png")
+            if split == "train" and index == 0:
+                Image.fromarray(np.full((height, width), 1500, dtype=np.uint16)).save(root / split / "depth" / "0.png")
+            else:
+                Image.fromarray(classes).save(root / split / "segmentation" / f"{index}.png")
+
+
+def test_a_folder_of_images_with_arguments_from_a_file(small, tmp_path):
+    make_folder_dataset(tmp_path / "data")
+    file = {
+        "data_root": str(tmp_path / "data"),
+        "tasks": ["segmentation=2", "edges=1", "depth=1"],
+        "derive_edges": True,
+        "ignored_class": 9,
+        "val_fraction": 0.3,
+        "weight_decay": "1e-5",
+        "augment": False,
+        "num_train_epochs": 5,
+        "task_order": "folded",
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
+    run(PYTHON, TRAIN, "--config", tmp_path / "run.yaml", *small, "--seed", "1")
+    results = read_results(tmp_path / "run")
+    arguments = results["arguments"]
+    assert {name: arguments[name] for name in file} == {**file, "weight_decay": 1e-5, "num_train_epochs": 2}
+    assert results["task_order"] == "folded"
+    assert results["images"] == {"train": 7, "validation": 3, "test": 3}
+    assert results["after"]["segmentation"]["miou"] > 0
+    assert results["after"]["edges"].keys() == results["before"]["edges"].keys()
+    assert all(math.isnan(value) for value in results["after"]["depth"].values()), "no test image has a depth"
+    # The image with a depth is trained on; which adapter is best hangs on the tasks that have validation labels.
+    assert all(math.isfinite(entry["loss"]) for entry in results["history"])
+    assert all(list(entry["losses"]) == ["segmentation", "edges"] for entry in results["history"])
+    model = peft_talora.load(tmp_path / "run")
+    assert model.get_base_model().task_names == ["segmentation", "edges", "depth"]
+
+
+@pytest.fixture(scope="module")
+def by_two(small, tmp_path_factory):
+    """Folders and outputs of runs by two processes, sequential and folded, of the same arguments otherwise."""
+    torchrun = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN, *small]
+    torchrun += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_steps", "6"]
+    folders = {order: tmp_path_factory.mktemp(order) for order in ("sequential", "folded")}
+    outputs = {o: run(torchrun, "--task_order", o, "--output_dir", folder) for o, folder in folders.items()}
+    return folders, outputs
+
+
+@pytest.mark.parametrize("order", ["sequential", "folded"])
+def test_two_processes_train_to_the_end_and_write_one_result(order, by_two):
+    folder, output = by_two[0][order], by_two[1][order]
+    results = read_results(folder)
+    assert (results["processes"], results["task_order"]) == (2, order)
+    assert [entry["step"] for entry in results["history"]] == [4, 8]
+    assert output.count("before training") == output.count("Adapter, results.json and predictions.png are in") == 1
+    states = {path.name for path in (folder / "checkpoint-6").glob("random_states_*")}
+    assert states == {"random_states_0.pkl", "random_states_1.pkl"}
+    peft_talora.load(folder)
+
+
+def test_two_processes_learn_the_same_in_both_orders(by_two):
+    sequential, folded = (read_results(by_two[0][order]) for order in ("sequential", "folded"))
+    assert sequential["before"]["depth"] == pytest.approx(folded["before"]["depth"], rel=1e-4)
+    for one, other in zip(sequential["history"], folded["history"], strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
