@@ -7,7 +7,6 @@ Accelerate writes optimiser, scheduler, scaler and random states, and reads them
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,11 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .hub import WEIGHTS_NAME, check_safetensors, write_json
+from .files import check_safetensors, sync, write_aside, write_json
+from .hub import WEIGHTS_NAME
 
 PROGRESS_NAME = "progress.json"
+BEST_NAME = "best.safetensors"
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Progress:
 
     Attributes:
         tasks: The tasks, in order, each as in `MSamConfig.tasks`.
+        arguments: What else decides the run's course; a resumed run must have the same.
         step: Optimiser steps done.
         epoch: The epoch under way.
         batch: Batches done of that epoch.
@@ -43,6 +45,7 @@ class Progress:
     """
 
     tasks: list[dict[str, Any]]
+    arguments: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -72,10 +75,24 @@ def load_adapter_only(models: list[nn.Module], folder: str) -> None:
     set_peft_model_state_dict(model, load_file(file), adapter_name=model.active_adapters[0])
 
 
+def save_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+    """Keep the adapter as the best so far, in `folder/best`."""
+    if accelerator.is_main_process:
+        with write_aside(folder / "best") as aside:
+            save_adapter_only([model], [], aside)
+
+
+def load_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+    """Put the best adapter so far into the model, in every process."""
+    accelerator.wait_for_everyone()
+    load_adapter_only([model], folder / "best")
+
+
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
     """Write `folder/checkpoint-<step>` aside and rename it when it is whole; keep the `keep` newest.
 
-    Checkpoints of later steps go as well: they are of a run that was given up for this one.
+    The best adapter so far goes along. Checkpoints of later steps are removed as well: they are of a run that was
+    given up for this one.
 
     Raises:
         ValueError: If `keep` is less than 1.
@@ -91,8 +108,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if progress.best_loss is not None:
+            shutil.copyfile(folder / "best" / WEIGHTS_NAME, aside / BEST_NAME)
         write_json(aside / PROGRESS_NAME, asdict(progress))
-        _sync(aside)
+        sync(aside)
         if target.exists():
             _remove(target)
         aside.rename(target)
@@ -127,20 +146,37 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     return path
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, tasks: list[dict[str, Any]]) -> Progress:
-    """Restore a run, after `accelerator.prepare`. Returns how far it was.
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wanted: Progress) -> Progress:
+    """Restore a run, after `accelerator.prepare`; the best adapter goes back to `folder/best`.
+
+    Args:
+        accelerator: What model, optimiser and scheduler were prepared by.
+        checkpoint: As [`find_checkpoint`] gives it.
+        folder: The run's output folder.
+        wanted: The run to resume, at its beginning: its tasks and arguments.
+
+    Returns:
+        How far the run was.
 
     Raises:
-        ValueError: If it was trained on other tasks than `tasks`.
-        OSError: If its weights are damaged.
+        ValueError: If it was trained on other tasks or with other arguments; the message names them.
+        OSError: If its weights are damaged; the message names the file.
     """
     progress = Progress(**json.loads((checkpoint / PROGRESS_NAME).read_text()))
-    if progress.tasks != tasks:
+    if progress.tasks != wanted.tasks:
         raise ValueError(
-            f"{checkpoint} was trained on the tasks {_describe(progress.tasks)}, this run has {_describe(tasks)}: "
-            "resume with the same tasks, or start anew in another `output_dir`."
+            f"{checkpoint} was trained on the tasks {_describe(progress.tasks)}, this run has "
+            f"{_describe(wanted.tasks)}: resume with the same tasks, or start anew in another `output_dir`."
         )
+    trained, now = progress.arguments, json.loads(json.dumps(wanted.arguments))
+    differing = [f"{name}={trained.get(name)!r} (now {now[name]!r})" for name in now if trained.get(name) != now[name]]
+    if differing:
+        raise ValueError(f"{checkpoint} was trained with {', '.join(differing)}: resume with the same arguments.")
     accelerator.load_state(str(checkpoint))
+    if accelerator.is_main_process and progress.best_loss is not None:
+        check_safetensors(checkpoint / BEST_NAME)
+        with write_aside(folder / "best") as aside:
+            shutil.copyfile(checkpoint / BEST_NAME, aside / WEIGHTS_NAME)
     return progress
 
 
@@ -151,10 +187,3 @@ def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:
 def _remove(checkpoint: Path) -> None:
     (checkpoint / PROGRESS_NAME).unlink(missing_ok=True)  # first, so that a kill leaves no half that looks whole
     shutil.rmtree(checkpoint)
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())

@@ -7,11 +7,7 @@ the heads, which an adapter alone cannot), and, where known, the image processor
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +15,14 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 from transformers import SamImageProcessorPil
 
+from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-@contextmanager
-def write_aside(folder: str | Path):
-    """A temporary folder whose files move into `folder` at the end, each in one step: nothing half-written stays.
-
-    If the body raises, `folder` keeps what it had.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield aside
-        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            target = folder / file.relative_to(aside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_json(file: str | Path, content: Any) -> None:
-    """Write JSON, indented, with the keys in their own order."""
-    Path(file).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_adapter(
@@ -78,10 +49,13 @@ def save_adapter(
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
                 file.rename(aside / file.name)
+        base_path = _locate(base.config._name_or_path, folder)
+        adapter_config = json.loads((aside / CONFIG_NAME).read_text())
+        write_json(aside / CONFIG_NAME, {**adapter_config, "base_model_name_or_path": base_path})
         write_json(
             aside / MSAM_CONFIG_NAME,
             {
-                "base_model_name_or_path": _locate(base.config._name_or_path, folder),
+                "base_model_name_or_path": base_path,
                 "decoder_mode": base.config.decoder_mode,
                 "image_size": base.config.vision_config.image_size,
                 "tasks": base.config.tasks,
@@ -148,15 +122,6 @@ def load_image_processor(adapter: str | Path, revision: str | None = None) -> Sa
     return SamImageProcessorPil.from_pretrained(fetch(adapter, revision))
 
 
-def check_safetensors(file: str | Path) -> None:
-    """Raise OSError, naming the file, if it is missing, truncated or no safetensors file."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise OSError(f"{file}: truncated or corrupt safetensors file: {error}") from error
-
-
 def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Upload an adapter's folder as it is, model card included. Checkpoints of the training run stay here.
 
@@ -175,7 +140,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         repo_id=repo_id,
         folder_path=folder,
         ignore_patterns=["checkpoint-*", "best/*", ".saving-*"],
-        commit_message="Upload a TA-LoRA adapter for mSAM",
+        commit_message="Upload an adapter for mSAM",
     )
     return commit.commit_url
 
@@ -191,7 +156,7 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
     base = model.get_base_model()
     method = model.peft_config[model.active_adapters[0]].peft_type.value
     name = base.config._name_or_path
-    metadata = ["library_name: peft", "pipeline_tag: image-segmentation", "license: apache-2.0"]
+    metadata = ["library_name: peft", "pipeline_tag: image-segmentation"]
     metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]
     if _is_hub_id(name):
         metadata.append(f"base_model: {name}")

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, SamModel
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding, SamPreTrainedModel, SamVisionEncoder
 from transformers.utils import ModelOutput
 
+from .files import check_safetensors
 from .msam_config import MSamConfig, checkpoint_type, task_entries
 from .resize import resize_logits, resize_positions, size_list
 from .task_head import MSamTaskHead
@@ -142,8 +143,9 @@ class MSamModel(SamPreTrainedModel):
             load = SamModel.from_pretrained if model_type == "sam" else super().from_pretrained
             loaded = load(name, *args, **kwargs)
         except SafetensorError as error:
-            broken = [str(path) for path in Path(name).glob("*.safetensors") if _is_broken(path)]  # none on the Hub
-            raise OSError(f"{', '.join(broken) or name}: truncated or corrupt safetensors file: {error}") from error
+            for file in Path(name).glob("*.safetensors"):  # none if the checkpoint came from the Hub
+                check_safetensors(file)
+            raise OSError(f"{name}: truncated or corrupt safetensors file: {error}") from error
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True gives a tuple
         if model_type == "sam":
             model = cls._from_sam(model, entries, decoder_mode or "channel")
@@ -328,14 +330,6 @@ class MSamModel(SamPreTrainedModel):
 
 def _rows(items: Sequence, item) -> list[int]:
     return [row for row, other in enumerate(items) if other == item]
-
-
-def _is_broken(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):
-            return False
-    except SafetensorError:
-        return True
 
 
 AutoConfig.register("msam", MSamConfig, exist_ok=True)

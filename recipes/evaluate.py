@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import peft_talora
-from peft_talora import data, engine, hub
+from peft_talora import data, engine, files, hub
 
 
 @dataclass
@@ -46,8 +46,8 @@ def main() -> None:
             accelerator.print(f"{task:<14}{name:<18}{value!r:>24}")
     if args.output and accelerator.is_main_process:
         output = Path(args.output)
-        with hub.write_aside(output.parent) as aside:
-            hub.write_json(aside / output.name, metrics)
+        with files.write_aside(output.parent) as aside:
+            files.write_json(aside / output.name, metrics)
     accelerator.end_training()
 
 

@@ -18,12 +18,12 @@ import accelerate
 import peft
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import peft_talora
-from peft_talora import checkpoint, data, engine, hub
+from peft_talora import checkpoint, data, engine, files, hub
 from peft_talora.plotting import draw_predictions
 
 
@@ -54,10 +54,14 @@ class TrainArguments(engine.DataArguments):
     test_split: str = field(default="test", metadata={"help": "Split of the reported figures; it chooses nothing."})
     augment: bool = field(default=True, metadata={"help": "Random scale-crop (1, 1.2, 1.5) and horizontal flip."})
 
-    r: int = field(default=16, metadata={"help": "Rank of the update's factors."})
-    r_task: int | None = field(default=None, metadata={"help": "Rank of the task factor. None: tasks, up to four."})
-    alpha: float | None = field(default=None, metadata={"help": "The update is scaled by alpha / r. None: r / 2."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
+    talora_r: int = field(default=16, metadata={"help": "Rank of the update's factors."})
+    talora_r_task: int | None = field(
+        default=None, metadata={"help": "Rank of the task factor. None: tasks, up to four."}
+    )
+    talora_alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by alpha / r. None: r / 2."}
+    )
+    talora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
     target_modules: str = field(
         default=r".*vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])",
         metadata={"help": "Layers to adapt, a regular expression: all linears of the blocks; the paper has qkv."},
@@ -66,7 +70,7 @@ class TrainArguments(engine.DataArguments):
 
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per step and process."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per pass and process."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Decoupled weight decay."})
@@ -76,7 +80,6 @@ class TrainArguments(engine.DataArguments):
         default="auto", metadata={"help": "'folded': all tasks in one pass; 'sequential'; 'auto' by device."}
     )
     activation_checkpointing: bool = field(default=False, metadata={"help": "Recompute blocks in backward."})
-    seed: int = field(default=0, metadata={"help": "Of data, weights and order."})
 
     eval_steps: int | None = field(default=None, metadata={"help": "Steps between validations. None: every epoch."})
     save_steps: int | None = field(default=None, metadata={"help": "Steps between checkpoints. None: every epoch."})
@@ -126,7 +129,7 @@ def start(run: Run) -> None:
         run.accelerator.print(f"before training: {headline(run.progress.before)}")
         return
     folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
-    run.progress = checkpoint.load_checkpoint(run.accelerator, folder, run.progress.tasks)
+    run.progress = checkpoint.load_checkpoint(run.accelerator, folder, run.output_dir, run.progress)
     run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
 
 
@@ -142,8 +145,10 @@ def train(run: Run) -> None:
         if args.save_steps is None:
             checkpoint.save_checkpoint(run.accelerator, run.output_dir, progress, args.save_total_limit)
     bar.close()
-    if not progress.history or progress.history[-1]["step"] != progress.step:
+    if not progress.history or progress.history[-1]["step"] < progress.step:
         validate(run)
+    if args.save_steps and progress.step % args.save_steps:
+        checkpoint.save_checkpoint(run.accelerator, run.output_dir, progress, args.save_total_limit)
 
 
 def train_epoch(run: Run, bar: tqdm) -> None:
@@ -184,21 +189,22 @@ def validate(run: Run) -> None:
     loss = sum(losses.values())
     progress.history.append({"step": progress.step, "loss": loss, "losses": losses, "metrics": metrics})
     run.accelerator.print(f"step {progress.step}: validation loss {loss:.4f}, {headline(metrics)}")
+    if math.isnan(loss):
+        raise FloatingPointError(f"the validation loss at step {progress.step} is not a number: lower `learning_rate`")
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
-        if run.accelerator.is_main_process:
-            with hub.write_aside(run.output_dir / "best") as aside:
-                checkpoint.save_adapter_only([run.model], [], aside)
+        checkpoint.save_best(run.accelerator, run.model, run.output_dir)
 
 
 def build(args: TrainArguments) -> Run:
     """Everything before the first step."""
     output_dir = Path(args.output_dir)
+    order = engine.resolve_task_order(args.task_order, PartialState().device)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         # Task by task, each backward pass leaves the other tasks' heads without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.task_order != "folded")],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=order == "sequential")],
     )
     engine.set_threads(args, accelerator)
     set_seed(args.seed)
@@ -214,9 +220,12 @@ def build(args: TrainArguments) -> Run:
         shuffle=True,
         drop_last=True,
         collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
         # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
         generator=torch.Generator().manual_seed(args.seed),
     )
+    if args.num_train_epochs < 1:
+        raise ValueError(f"`num_train_epochs` is {args.num_train_epochs}; allowed: 1 or more.")
     if len(loader) < accelerator.num_processes:
         raise ValueError(
             f"{len(train_set)} training images do not fill one batch of `per_device_train_batch_size`={batch_size} on "
@@ -246,10 +255,16 @@ def build(args: TrainArguments) -> Run:
         val_set=val_set,
         test_set=test_set,
         collator=collator,
-        order=engine.resolve_task_order(args.task_order, accelerator.device),
+        order=order,
         total_steps=total_steps,
-        progress=checkpoint.Progress(tasks=base.config.tasks),
+        progress=checkpoint.Progress(tasks=base.config.tasks, arguments=deciding_arguments(args)),
     )
+
+
+def deciding_arguments(args: TrainArguments) -> dict:
+    """The arguments that decide what a run computes: not where it reads and writes, nor how often it saves."""
+    free = {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
+    return {name: value for name, value in asdict(args).items() if name not in free}
 
 
 def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft.PeftModel:
@@ -265,10 +280,10 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
     if args.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     config = peft_talora.TALoRAConfig(
-        r=args.r,
-        r_task=args.r_task,
-        alpha=args.alpha,
-        dropout=args.dropout,
+        r=args.talora_r,
+        r_task=args.talora_r_task,
+        alpha=args.talora_alpha,
+        dropout=args.talora_dropout,
         target_modules=args.target_modules,
         train_norms=args.train_norms,
     )
@@ -301,8 +316,7 @@ def headline(metrics: dict[str, dict[str, float]]) -> str:
 
 def report(run: Run) -> None:
     """Measure the best adapter on the test images; write adapter, results, picture and card; upload if asked to."""
-    run.accelerator.wait_for_everyone()
-    checkpoint.load_adapter_only([run.model], run.output_dir / "best")
+    checkpoint.load_best(run.accelerator, run.model, run.output_dir)
     after, _ = run.measure(run.test_set)
     if not run.accelerator.is_main_process:
         return
@@ -324,9 +338,9 @@ def report(run: Run) -> None:
     }
     samples = [run.test_set[index] for index in range(min(6, len(run.test_set)))]
     logits = engine.predict(model, run.collator, samples)
-    with hub.write_aside(run.output_dir) as aside:
+    with files.write_aside(run.output_dir) as aside:
         draw_predictions(run.collator.tasks, samples, logits).save(aside / "predictions.png")
-        hub.write_json(aside / "results.json", results)
+        files.write_json(aside / "results.json", results)
     card = hub.model_card(model, results, run.args.push_to_hub)
     hub.save_adapter(model, run.output_dir, run.collator.image_processor, card)
     print_table(results)

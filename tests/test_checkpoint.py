@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from transformers import get_linear_schedule_with_warmup
 
 from peft_talora import MSamModel, TALoRAConfig, checkpoint
-from peft_talora.checkpoint import Progress, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from peft_talora.checkpoint import (
+    Progress,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 
 TASKS = {"depth": 1, "normals": 3}
 
@@ -93,6 +100,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(sam_folder, tmp_path):
         {"step": 2, "loss": 1.5, "losses": {"depth": 1.5}, "metrics": {"depth": {"rmse": 2}}}
     )
     first.progress.best_loss, first.progress.seconds = 1.5, 0.1 + 0.2
+    save_best(first.accelerator, first.model, tmp_path)
     save(first, tmp_path)
     at_saving = trained(first)
     expected = train(first, 3), random.random(), np.random.rand()
@@ -100,8 +108,10 @@ def test_a_run_goes_on_as_if_nothing_had_happened(sam_folder, tmp_path):
     second = make_run(sam_folder, seed=1)
     train(second, 1)
     assert not all(torch.equal(a, b) for a, b in zip(trained(second).values(), at_saving.values(), strict=True))
-    tasks = second.progress.tasks
-    second.progress = load_checkpoint(second.accelerator, tmp_path / "checkpoint-2", tasks)
+    tasks, elsewhere = second.progress.tasks, tmp_path / "elsewhere"
+    second.progress = load_checkpoint(second.accelerator, tmp_path / "checkpoint-2", elsewhere, Progress(tasks=tasks))
+    best = load_file(elsewhere / "best" / "adapter_model.safetensors")
+    assert_same_tensors(best, load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors"))
     assert second.progress == Progress(
         tasks=tasks, step=2, best_loss=1.5, seconds=0.1 + 0.2, history=first.progress.history
     )
@@ -199,7 +209,7 @@ def test_other_tasks_than_trained_are_refused(other, run, saved):
     tasks = [{"name": name, "kind": name, "channels": channels} for name, channels in other.items()]
     before = trained(run)
     with pytest.raises(ValueError, match="trained on the tasks") as error:
-        load_checkpoint(run.accelerator, saved, tasks)
+        load_checkpoint(run.accelerator, saved, saved.parent, Progress(tasks=tasks))
     assert str(TASKS) in str(error.value)
     assert str(other) in str(error.value)
     assert_same_tensors(trained(run), before)
@@ -211,4 +221,13 @@ def test_truncated_weights_are_named(kept, run, saved, tmp_path):
     file = damaged / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(OSError, match=r"checkpoint-1/adapter_model\.safetensors: truncated or corrupt"):
-        load_checkpoint(run.accelerator, damaged, run.progress.tasks)
+        load_checkpoint(run.accelerator, damaged, tmp_path, Progress(tasks=run.progress.tasks))
+
+
+def test_other_arguments_than_trained_are_refused(run, saved, tmp_path):
+    run.progress.step, run.progress.arguments = 5, {"learning_rate": 0.1, "seed": 0}
+    save(run, tmp_path)
+    run.progress.arguments = {}
+    now = Progress(tasks=run.progress.tasks, arguments={"learning_rate": 0.2, "seed": 0})
+    with pytest.raises(ValueError, match=r"was trained with learning_rate=0\.1 \(now 0\.2\): resume with the same"):
+        load_checkpoint(run.accelerator, tmp_path / "checkpoint-5", tmp_path, now)

@@ -18,7 +18,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 import peft_talora
-from peft_talora import MSamModel, TALoRAConfig, hub, make_image_processor, save_adapter
+from peft_talora import MSamModel, TALoRAConfig, files, hub, make_image_processor, save_adapter
 from peft_talora.small_sam import save_small_sam
 
 TASKS = [
@@ -179,7 +179,7 @@ def test_saving_again_replaces_files_and_keeps_others(sam_folder, images, tmp_pa
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(RuntimeError, match="killed"), hub.write_aside(tmp_path) as aside:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="killed"), files.write_aside(tmp_path) as aside:  # noqa: PT012
         (aside / "a.txt").write_text("new")
         (aside / "b.txt").write_text("half")
         raise RuntimeError("killed")
@@ -199,7 +199,7 @@ def test_a_failed_save_leaves_a_folder_that_loads(sam_folder, images, tmp_path, 
 
 
 def test_files_written_aside_arrive_with_their_folders(tmp_path):
-    with hub.write_aside(tmp_path / "new" / "folder") as aside:
+    with files.write_aside(tmp_path / "new" / "folder") as aside:
         (aside / "inner").mkdir()
         (aside / "inner" / "a.txt").write_text("a")
         assert files_in(tmp_path / "new" / "folder") == {f"{aside.name}/inner/a.txt"}

@@ -15,15 +15,16 @@ ALLOWED = {
     "resize": set(),
     "task_head": set(),
     "msam_config": {"tasks", "task_head"},
-    "msam": {"msam_config", "task_head", "resize", "tasks"},
+    "msam": {"files", "msam_config", "task_head", "resize", "tasks"},
     "tuner": set(),
     "data": {"tasks", "losses"},
     "plotting": {"tasks"},
     "small_sam": set(),
     "version": set(),
-    "hub": {"msam", "tuner"},
+    "files": set(),
+    "hub": {"files", "msam", "tuner"},
     "engine": {"data", "losses", "metrics", "tasks"},
-    "checkpoint": {"hub"},
+    "checkpoint": {"files", "hub"},
 }
 
 

@@ -1,0 +1,56 @@
+"""Files: written aside and moved when whole, checked before they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+@contextmanager
+def write_aside(folder: str | Path):
+    """A temporary folder whose files move into `folder` at the end, each in one step: nothing half-written stays.
+
+    If the body raises, `folder` keeps what it had. What a killed process left behind is swept away by the next one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".saving-files-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=".saving-files-", dir=folder))
+    try:
+        yield aside
+        sync(aside)
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(file: str | Path, content: Any) -> None:
+    """Write JSON, indented, with the keys in their own order."""
+    Path(file).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Force the content of all files below a folder onto the disk."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def check_safetensors(file: str | Path) -> None:
+    """Raise OSError, naming the file, if it is missing, truncated or no safetensors file."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"{file}: truncated or corrupt safetensors file: {error}") from error
