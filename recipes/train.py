@@ -69,7 +69,7 @@ class TrainArguments(engine.DataArguments):
     train_norms: bool = field(default=True, metadata={"help": "Train the layer norms of the encoder's blocks too."})
 
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per step and process."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Images per step and process."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
@@ -336,7 +336,8 @@ def report(run: Run) -> None:
         "arguments": asdict(run.args),
         "versions": {m.__name__: m.__version__ for m in (peft_talora, torch, transformers, peft, accelerate)},
     }
-    samples = [run.test_set[index] for index in range(min(6, len(run.test_set)))]
+    last, rows = len(run.test_set) - 1, min(6, len(run.test_set))
+    samples = [run.test_set[round(row * last / max(1, rows - 1))] for row in range(rows)]
     logits = engine.predict(model, run.collator, samples)
     with files.write_aside(run.output_dir) as aside:
         draw_predictions(run.collator.tasks, samples, logits).save(aside / "predictions.png")
