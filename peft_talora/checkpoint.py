@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import load as load_state_file
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -172,12 +173,23 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
     differing = [f"{name}={trained.get(name)!r} (now {now[name]!r})" for name in now if trained.get(name) != now[name]]
     if differing:
         raise ValueError(f"{checkpoint} was trained with {', '.join(differing)}: resume with the same arguments.")
+    _check_states(checkpoint, accelerator.num_processes)
     accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process and progress.best_loss is not None:
         check_safetensors(checkpoint / BEST_NAME)
         with write_aside(folder / "best") as aside:
             shutil.copyfile(checkpoint / BEST_NAME, aside / WEIGHTS_NAME)
     return progress
+
+
+def _check_states(checkpoint: Path, num_processes: int) -> None:
+    # Accelerate goes on without random states that it cannot read, so the run would silently become another one.
+    names = [f"random_states_{process}.pkl" for process in range(num_processes)]
+    for file in (checkpoint / name for name in ("optimizer.bin", "scheduler.bin", *names)):
+        try:
+            load_state_file(file, map_location="cpu")
+        except Exception as error:
+            raise OSError(f"{file}: missing, truncated or corrupt: {error}") from error
 
 
 def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:

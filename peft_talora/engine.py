@@ -6,9 +6,11 @@ Axes: B images, T tasks, C channels, H W pixels.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -36,13 +38,13 @@ class DataArguments:
         default=None, metadata={"help": "Folder with <split>/image and <split>/<task>. None: generated scenes."}
     )
     ignored_class: int = field(
-        default=IGNORE_INDEX, metadata={"help": "Class in the files of segmentation that means 'no label'."}
+        default=IGNORE_INDEX, metadata={"help": "Class in the files of segmentation and parts that means 'no label'."}
     )
     derive_edges: bool = field(default=False, metadata={"help": "Take edges from the borders of segmentation."})
     num_images: int = field(
         default=640, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
     )
-    seed: int = field(default=0, metadata={"help": "Of generated scenes, adapter weights, and order."})
+    data_seed: int = field(default=0, metadata={"help": "Of generated scenes."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per evaluation pass and process."})
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process; figures' last digits hang on it. None: all cores."}
@@ -65,18 +67,28 @@ def parse_arguments(
     parser = HfArgumentParser(arguments)
     parser.add_argument("--config", help="YAML file of arguments; flags win.")
     parser.set_defaults(**(defaults or {}))
+    argv = list(sys.argv[1:] if argv is None else argv)
     file = parser.parse_known_args(argv)[0].config
     if file is not None:
         with open(file) as handle:
             values = yaml.safe_load(handle) or {}
-        known = {action.dest for action in parser._actions}
+        known = {field.name for field in fields(arguments)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"{file} has the unknown arguments {unknown}; `--help` lists the known ones.")
-        parser.set_defaults(**values)
+        argv = [*_as_flags(values), *argv]
     values = vars(parser.parse_args(argv))
     values.pop("config")
     return arguments(**values)
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The flags that say what a YAML file says; they are parsed, hence checked, like flags of the command line."""
+    flags = []
+    for name, value in values.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
 
 
 def parse_task(text: str, known: Mapping[str, int]) -> dict[str, Any]:
@@ -109,13 +121,15 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
         tasks: Whose labels to read.
         image_size: Of generated scenes, in pixels.
     """
-    if args.data_root is not None:
-        ignored = {task.name: args.ignored_class for task in tasks if task.kind == "segmentation"}
-        if args.ignored_class == IGNORE_INDEX:
-            ignored = None
-        return FolderDataset(args.data_root, split, tasks, args.derive_edges, ignored)
-    num_images = args.num_images if split == "train" else max(1, args.num_images // 8)
-    return SyntheticScenes(split, num_images, image_size, args.seed, [task.name for task in tasks])
+    if args.data_root is None:
+        num_images = args.num_images if split == "train" else max(1, args.num_images // 8)
+        return SyntheticScenes(split, num_images, image_size, args.data_seed, [task.name for task in tasks])
+    folders = {task.name for task in tasks if task.kind in ("segmentation", "parts")}
+    edges = [task for task in tasks if task.kind == "edges"]
+    if args.derive_edges and not folders and any(not (Path(args.data_root, split, t.name)).is_dir() for t in edges):
+        folders = {"segmentation"}
+    ignored = {} if args.ignored_class == IGNORE_INDEX else dict.fromkeys(folders, args.ignored_class)
+    return FolderDataset(args.data_root, split, tasks, args.derive_edges, ignored)
 
 
 def set_threads(args: DataArguments, accelerator: Accelerator) -> None:
@@ -185,7 +199,7 @@ def evaluate(
     batch_size: int,
     order: TaskOrder = "sequential",
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """All metrics of all tasks over a data set, pooled over its pixels, and each task's mean loss per batch.
+    """All metrics and losses of all tasks over a data set, pooled over its labelled pixels.
 
     Every process takes its share of the images and the counts are added, so each image counts once.
 
@@ -221,8 +235,9 @@ def evaluate(
 
 def _count(task: Task, logits: torch.Tensor, labels: torch.Tensor, metric: Metric, total: torch.Tensor) -> None:
     metric.update(logits, labels)
-    if task.has_label(labels).any():
-        total += torch.tensor([task.loss(logits, labels).item(), 1.0], dtype=torch.float64)
+    labelled = int(task.has_label(labels).sum())
+    if labelled:
+        total += torch.tensor([labelled * task.loss(logits, labels).item(), labelled], dtype=torch.float64)
 
 
 def _pool(accelerator: Accelerator, metrics, sums) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -235,9 +250,9 @@ def _pool(accelerator: Accelerator, metrics, sums) -> tuple[dict[str, dict[str, 
             metric.merge(state)
             sums[name] = add(sums[name].to(accelerator.device)).cpu()
         figures[name] = metric.compute()
-        total, batches = sums[name].tolist()
-        if batches:
-            losses[name] = total / batches
+        total, labelled = sums[name].tolist()
+        if labelled:
+            losses[name] = total / labelled
     return figures, losses
 
 

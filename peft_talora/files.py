@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -17,13 +18,11 @@ from safetensors import SafetensorError, safe_open
 def write_aside(folder: str | Path):
     """A temporary folder whose files move into `folder` at the end, each in one step: nothing half-written stays.
 
-    If the body raises, `folder` keeps what it had. What a killed process left behind is swept away by the next one.
+    If the body raises, `folder` keeps what it had.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".saving-files-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-files-", dir=folder))
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield aside
         sync(aside)
@@ -36,8 +35,16 @@ def write_aside(folder: str | Path):
 
 
 def write_json(file: str | Path, content: Any) -> None:
-    """Write JSON, indented, with the keys in their own order."""
-    Path(file).write_text(json.dumps(content, indent=2) + "\n")
+    """Write JSON, indented, with the keys in their own order; numbers that JSON does not have become null."""
+    Path(file).write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
+
+
+def _strict(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def sync(folder: Path) -> None:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
+from safetensors import safe_open
 from transformers import SamImageProcessorPil
 
 from .files import check_safetensors, write_aside, write_json
@@ -23,6 +25,16 @@ from .msam import MSamModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+UPLOADED = [
+    "README.md",
+    "adapter_config.json",
+    "base/*",
+    MSAM_CONFIG_NAME,
+    "predictions.png",
+    "preprocessor_config.json",
+    "results.json",
+    WEIGHTS_NAME,
+]
 
 
 def save_adapter(
@@ -57,6 +69,7 @@ def save_adapter(
             {
                 "base_model_name_or_path": base_path,
                 "decoder_mode": base.config.decoder_mode,
+                "dtype": str(base.dtype).removeprefix("torch."),
                 "image_size": base.config.vision_config.image_size,
                 "tasks": base.config.tasks,
             },
@@ -94,13 +107,32 @@ def load(
             raise ValueError(f"{folder} names no base checkpoint, as its model had none: give `base`.")
         base = folder / base if (folder / base).is_dir() else base
     model = MSamModel.from_pretrained(
-        base, tasks=config["tasks"], decoder_mode=config["decoder_mode"], image_size=config["image_size"]
+        base,
+        tasks=config["tasks"],
+        decoder_mode=config["decoder_mode"],
+        image_size=config["image_size"],
+        dtype=getattr(torch, config["dtype"]),
     )
     try:
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except RuntimeError as error:  # how PyTorch reports weights of another shape
         raise ValueError(f"The adapter {adapter} does not fit the base {base}: {error}") from error
+    except KeyError as error:  # how PEFT reports missing weights of `modules_to_save`
+        raise ValueError(f"{folder / WEIGHTS_NAME} lacks the weights {error}.") from error
+    _check_keys(model, folder / WEIGHTS_NAME)
     return model.train(is_trainable)
+
+
+def _check_keys(model: PeftModel, file: Path) -> None:
+    """PEFT only warns of weights that are missing, and says nothing of those that are left over."""
+    with safe_open(file, framework="pt") as weights:
+        found = set(weights.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if found != wanted:
+        raise ValueError(
+            f"{file} does not belong to its configuration: missing are {len(wanted - found)} weights, such as "
+            f"{sorted(wanted - found)[:2]}; left over are {len(found - wanted)}, such as {sorted(found - wanted)[:2]}."
+        )
 
 
 def fetch(adapter: str | Path, revision: str | None = None) -> Path:
@@ -123,7 +155,7 @@ def load_image_processor(adapter: str | Path, revision: str | None = None) -> Sa
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Upload an adapter's folder as it is, model card included. Checkpoints of the training run stay here.
+    """Upload what [`save_adapter`] and the training recipe wrote into a folder. Checkpoints and other files stay here.
 
     Args:
         folder: As written by [`save_adapter`].
@@ -133,13 +165,19 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
 
     Returns:
         The commit's URL.
+
+    Raises:
+        ValueError: If the base checkpoint is a local folder elsewhere: nobody could load the adapter.
     """
+    base = _read_json(Path(folder) / MSAM_CONFIG_NAME)["base_model_name_or_path"]
+    if Path(base).is_absolute():
+        raise ValueError(f"The base checkpoint of {folder} is the local folder {base}: put it on the Hub first.")
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        ignore_patterns=["checkpoint-*", "best/*", ".saving-*"],
+        allow_patterns=UPLOADED,
         commit_message="Upload an adapter for mSAM",
     )
     return commit.commit_url
@@ -172,7 +210,7 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
 
 # Several dense predictions from one Segment Anything encoder
 
-An adapter ({method}) for mSAM, trained with [peft_talora](https://pypi.org/project/peft_talora). Tasks:
+An adapter ({method}) for mSAM, trained with `peft_talora`. Tasks:
 
 {tasks}
 

@@ -26,6 +26,12 @@ def check_shapes(logits_BCHW: Tensor, labels: Tensor, channels: Collection[int],
         raise ValueError(f"labels are {tuple(labels.shape)}; logits {tuple(logits_BCHW.shape)} need {expected}")
 
 
+def wrong_class_ids(labels: Tensor, classes: int) -> tuple[Tensor, str]:
+    """Say which labels are neither a class id below `classes` nor `IGNORE_INDEX`, and in words what is allowed."""
+    known = (labels >= 0) & (labels < classes) & (labels == labels.long())
+    return ~known & (labels != IGNORE_INDEX), f"0 to {classes - 1}, and {IGNORE_INDEX} where unknown"
+
+
 def has_depth(labels_BHW: Tensor) -> Tensor:
     """Say which pixels have a known depth: a finite number of metres above 0. Boolean, shape as given."""
     return labels_BHW.isfinite() & (labels_BHW > 0)
@@ -63,7 +69,11 @@ def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: labels on the CPU hold anything else.
     """
+    _check_class_ids(labels_BHW, logits_BCHW.shape[1])
     total = F.cross_entropy(_wide(logits_BCHW), labels_BHW, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (labels_BHW != IGNORE_INDEX).sum().clamp(min=1)
 
@@ -116,14 +126,29 @@ def balanced_bce(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: shapes do not fit, or labels on the CPU hold anything else.
     """
     check_shapes(logits_B1HW, labels_BHW, channels=(1,))
+    _check_class_ids(labels_BHW, 2)
     logits_BHW = _wide(logits_B1HW)[:, 0]
     positive_BHW = labels_BHW == 1
     negative_BHW = (labels_BHW != IGNORE_INDEX) & ~positive_BHW
     loss_BHW = F.binary_cross_entropy_with_logits(logits_BHW, positive_BHW.to(logits_BHW.dtype), reduction="none")
     classes = positive_BHW.any().long() + negative_BHW.any()
     return (_mean_where(positive_BHW, loss_BHW) + _mean_where(negative_BHW, loss_BHW)) / classes.clamp(min=1)
+
+
+def _check_class_ids(labels: Tensor, classes: int) -> None:
+    """Raise ValueError for labels on the CPU that `wrong_class_ids` finds."""
+    # On an accelerator, reading the answer back would make every step wait for the device; it would split a compiled
+    # graph as well.
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong, allowed = wrong_class_ids(labels, classes)
+    if wrong.any():
+        raise ValueError(f"labels hold {labels[wrong][0].item()}; allowed: {allowed}")
 
 
 def _wide(logits: Tensor) -> Tensor:

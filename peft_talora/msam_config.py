@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, SamConfig
 
 from .task_head import DECODER_MODES
-from .tasks import Task
+from .tasks import Task, check_task_name
 
 
 def _task_entry(task: Any, name: str | None = None) -> dict[str, Any]:
@@ -21,11 +20,7 @@ def _task_entry(task: Any, name: str | None = None) -> dict[str, Any]:
     if not {"name", "channels"} <= task.keys() <= {"name", "kind", "channels"}:
         raise ValueError(f"tasks: {dict(task)!r} must have the keys 'name' and 'channels' and may have 'kind'.")
     name, channels = task["name"], task["channels"]
-    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"tasks: {name!r} cannot name a task; allowed are Python identifiers that are no attribute of "
-            "torch.nn.ModuleDict (such as 'keys', 'values', 'training' or 'type')."
-        )
+    check_task_name(name)
     if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
         raise ValueError(f"tasks: {name!r} has channels={channels!r}; allowed are whole numbers from 1.")
     kind = name if task.get("kind") is None else task["kind"]
@@ -48,7 +43,7 @@ class MSamConfig(SamConfig):
     """SAM's configuration and what mSAM adds to it.
 
     Args:
-        tasks: in this order, as dicts of "name" (a Python identifier), "kind" (what `make_task` calls it; the name
+        tasks: in this order, as dicts of "name" (see `check_task_name`), "kind" (what `make_task` calls it; the name
             where it is left out) and "channels"; `Task` objects and the short {name: channels} are taken as well.
         decoder_mode: "channel", the paper's, one decoder pass per channel; or "token", one pass per task, cheaper.
         merged_task: the only task whose predictions are right, once one task's update is merged into the weights.

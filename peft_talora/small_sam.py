@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
+from .files import write_aside
+
 PATCH_SIZE = 8
 WIDTH = 64
 
 
 def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
-    """A stock `SamModel` of 1.5 million parameters, whose embedding depends on the image.
+    """A stock `SamModel` of 1.1 million parameters, whose embedding depends on the image.
 
     transformers starts a vision encoder at a standard deviation of 1e-10 and positions at zero, so that every image
     gets the same embedding. Here matrices keep the size of what they multiply (standard deviation 1/√fan-in), and
@@ -72,5 +74,6 @@ def _redraw(model: SamModel) -> None:
 
 def save_small_sam(folder: str | Path, image_size: int = 128, seed: int = 0) -> str:
     """Save `make_small_sam(image_size, seed)` as a stock SAM checkpoint. Returns the folder's path."""
-    make_small_sam(image_size, seed).save_pretrained(folder)
+    with write_aside(folder) as aside:
+        make_small_sam(image_size, seed).save_pretrained(aside)
     return str(folder)

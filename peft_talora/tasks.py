@@ -19,15 +19,31 @@ from .losses import (
     foreground_probability,
     masked_l1,
     unit_vectors,
+    wrong_class_ids,
 )
 from .metrics import DepthMetric, EdgesMetric, Metric, NormalsMetric, PartsMetric, SaliencyMetric, SegmentationMetric
 
 
+def check_task_name(name: str) -> None:
+    """Raise ValueError unless `name` is an identifier that can be a key of both of PyTorch's containers.
+
+    A task's head is in an `nn.ModuleDict` and its parameters may be in an `nn.ParameterDict`, hence no instance of
+    either may have an attribute of that name.
+    """
+    if (
+        not isinstance(name, str)
+        or not name.isidentifier()
+        or name in {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+    ):
+        raise ValueError(
+            f"{name!r} cannot name a task; allowed are Python identifiers that are no attribute of "
+            "torch.nn.ModuleDict or torch.nn.ParameterDict (such as 'keys', 'get', 'training' or 'type')."
+        )
+
+
 def check_class_ids(label_HW: Tensor, out_channels: int) -> tuple[Tensor, str]:
     """Say which pixels hold neither a class id nor `IGNORE_INDEX`, and what is allowed; 1 channel tells 2 classes."""
-    classes = max(2, out_channels)
-    known_HW = (label_HW >= 0) & (label_HW < classes)
-    return ~known_HW & (label_HW != IGNORE_INDEX), f"0 to {classes - 1}, and {IGNORE_INDEX} where unknown"
+    return wrong_class_ids(label_HW, max(2, out_channels))
 
 
 def check_metres(label_HW: Tensor, out_channels: int) -> tuple[Tensor, str]:
@@ -48,7 +64,7 @@ class Task:
     `make_task` makes those of the six usual kinds; for any other, give a `Task` of your own.
 
     Attributes:
-        name: how model, data and results call it; an identifier.
+        name: how model, data and results call it; see `check_task_name`.
         kind: what sort of prediction it is, one of `KINDS` or a word of your own.
         out_channels: C, the channels of the model's logits.
         loss: logits (B, C, H, W) and labels → scalar.
@@ -73,11 +89,7 @@ class Task:
     find_wrong: Callable[[Tensor, int], tuple[Tensor, str]] = check_class_ids
 
     def __post_init__(self):
-        if not self.name.isidentifier() or self.name in dir(nn.ModuleDict()):
-            raise ValueError(
-                f"name is {self.name!r}; allowed: letters, digits and _, not starting with a digit, and no attribute "
-                "of torch.nn.ModuleDict (such as keys, pop, type), which holds the heads by name"
-            )
+        check_task_name(self.name)
         if self.out_channels < 1:
             raise ValueError(f"out_channels of task {self.name!r} is {self.out_channels}; allowed: 1 or more")
 

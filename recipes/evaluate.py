@@ -24,6 +24,9 @@ class EvaluateArguments(engine.DataArguments):
     base: str | None = field(default=None, metadata={"help": "SAM checkpoint. None: the one the adapter names."})
     split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     task_order: str = field(default="auto", metadata={"help": "'folded', 'sequential', or 'auto' by device."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "'no', 'fp16' or 'bf16'. None: the launcher's."}
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
 
 
@@ -32,7 +35,7 @@ def main() -> None:
     args = engine.parse_arguments(EvaluateArguments)
     folder = hub.fetch(args.adapter)
     args = engine.parse_arguments(EvaluateArguments, defaults=defaults_of(folder))
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     engine.set_threads(args, accelerator)
     model = peft_talora.load(folder, base=args.base).to(accelerator.device)
     base = model.get_base_model()
@@ -60,7 +63,8 @@ def defaults_of(folder: Path) -> dict:
     trained = results["arguments"]
     known = {field.name for field in fields(engine.DataArguments)}
     defaults = {name: value for name, value in trained.items() if name in known}
-    return {"split": trained["test_split"], "task_order": results["task_order"], **defaults}
+    defaults |= {name: results[name] for name in ("task_order", "mixed_precision")}
+    return {"split": trained["test_split"], **defaults}
 
 
 if __name__ == "__main__":

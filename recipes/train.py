@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train.py                                   # generated scenes, small SAM, any machine
     accelerate launch --num_processes 8 recipes/train.py --base facebook/sam-vit-base --data_root my_data ...
-    accelerate launch recipes/train.py --config recipes/train.yaml       # arguments from a file; flags win
+    accelerate launch recipes/train.py --config my.yaml                  # arguments from a file; flags win
 
 Everything lands in `--output_dir`: the adapter with its heads, `results.json`, `predictions.png`, a model card.
 """
@@ -18,7 +18,7 @@ import accelerate
 import peft
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -68,6 +68,7 @@ class TrainArguments(engine.DataArguments):
     )
     train_norms: bool = field(default=True, metadata={"help": "Train the layer norms of the encoder's blocks too."})
 
+    seed: int = field(default=0, metadata={"help": "Of the adapter's weights, the order of images and dropout."})
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Images per step and process."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
@@ -189,6 +190,10 @@ def validate(run: Run) -> None:
     loss = sum(losses.values())
     progress.history.append({"step": progress.step, "loss": loss, "losses": losses, "metrics": metrics})
     run.accelerator.print(f"step {progress.step}: validation loss {loss:.4f}, {headline(metrics)}")
+    if not losses:
+        raise ValueError(
+            f"none of the {len(run.val_set)} validation images has a label, so no checkpoint can be chosen"
+        )
     if math.isnan(loss):
         raise FloatingPointError(f"the validation loss at step {progress.step} is not a number: lower `learning_rate`")
     if progress.best_loss is None or loss < progress.best_loss:
@@ -198,14 +203,17 @@ def validate(run: Run) -> None:
 
 def build(args: TrainArguments) -> Run:
     """Everything before the first step."""
+    check_arguments(args)
     output_dir = Path(args.output_dir)
-    order = engine.resolve_task_order(args.task_order, PartialState().device)
+    distributed = DistributedDataParallelKwargs()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        # Task by task, each backward pass leaves the other tasks' heads without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=order == "sequential")],
+        kwargs_handlers=[distributed],
     )
+    order = engine.resolve_task_order(args.task_order, accelerator.device)
+    # Task by task, each backward pass leaves the other tasks' heads without a gradient.
+    distributed.find_unused_parameters = order == "sequential"
     engine.set_threads(args, accelerator)
     set_seed(args.seed)
     model = build_model(args, accelerator, output_dir)
@@ -224,8 +232,6 @@ def build(args: TrainArguments) -> Run:
         # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
         generator=torch.Generator().manual_seed(args.seed),
     )
-    if args.num_train_epochs < 1:
-        raise ValueError(f"`num_train_epochs` is {args.num_train_epochs}; allowed: 1 or more.")
     if len(loader) < accelerator.num_processes:
         raise ValueError(
             f"{len(train_set)} training images do not fill one batch of `per_device_train_batch_size`={batch_size} on "
@@ -257,14 +263,25 @@ def build(args: TrainArguments) -> Run:
         collator=collator,
         order=order,
         total_steps=total_steps,
-        progress=checkpoint.Progress(tasks=base.config.tasks, arguments=deciding_arguments(args)),
+        progress=checkpoint.Progress(tasks=base.config.tasks, arguments=deciding_arguments(args, accelerator)),
     )
 
 
-def deciding_arguments(args: TrainArguments) -> dict:
-    """The arguments that decide what a run computes: not where it reads and writes, nor how often it saves."""
+def check_arguments(args: TrainArguments) -> None:
+    """Refuse what would fail late."""
+    for name in ("num_train_epochs", "save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
+    if args.val_split is None and not 0 < args.val_fraction < 1:
+        raise ValueError(f"`val_fraction` is {args.val_fraction}; allowed: between 0 and 1.")
+
+
+def deciding_arguments(args: TrainArguments, accelerator: Accelerator) -> dict:
+    """What decides the run's course: not where it reads and writes, how often it saves, or on how many cores."""
     free = {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
-    return {name: value for name, value in asdict(args).items() if name not in free}
+    free |= {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers"}
+    deciding = {name: value for name, value in asdict(args).items() if name not in free}
+    return {**deciding, "num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
 
 
 def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft.PeftModel:
@@ -272,7 +289,7 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
     tasks = [engine.parse_task(text, {} if args.data_root else data.SYNTHETIC_TASKS) for text in args.tasks]
     base = args.base or str(output_dir / "base")
     with accelerator.main_process_first():
-        if args.base is None and not (output_dir / "base" / "config.json").exists():
+        if args.base is None and not (output_dir / "base" / "model.safetensors").exists():
             peft_talora.save_small_sam(base)
     model = peft_talora.MSamModel.from_pretrained(
         base, tasks=tasks, decoder_mode=args.decoder_mode, image_size=args.image_size
@@ -332,6 +349,7 @@ def report(run: Run) -> None:
         "seed": run.args.seed,
         "task_order": run.order,
         "device": str(run.accelerator.device),
+        "mixed_precision": run.accelerator.mixed_precision,
         "processes": run.accelerator.num_processes,
         "arguments": asdict(run.args),
         "versions": {m.__name__: m.__version__ for m in (peft_talora, torch, transformers, peft, accelerate)},

@@ -231,3 +231,11 @@ def test_other_arguments_than_trained_are_refused(run, saved, tmp_path):
     now = Progress(tasks=run.progress.tasks, arguments={"learning_rate": 0.2, "seed": 0})
     with pytest.raises(ValueError, match=r"was trained with learning_rate=0\.1 \(now 0\.2\): resume with the same"):
         load_checkpoint(run.accelerator, tmp_path / "checkpoint-5", tmp_path, now)
+
+
+@pytest.mark.parametrize("name", ["random_states_0.pkl", "optimizer.bin", "scheduler.bin"])
+def test_damaged_states_are_named(name, run, saved, tmp_path):
+    damaged = Path(shutil.copytree(saved, tmp_path / "checkpoint-1"))
+    (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
+    with pytest.raises(OSError, match=rf"{name}: missing, truncated or corrupt"):
+        load_checkpoint(run.accelerator, damaged, tmp_path, Progress(tasks=run.progress.tasks))

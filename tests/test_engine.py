@@ -1,15 +1,18 @@
-"""The training step, evaluation, arguments and checkpoints, on a tiny real SAM."""
+"""The training step, evaluation and arguments, on a tiny real SAM."""
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
+from PIL import Image
 
-from peft_talora import Collator, MSamModel, SyntheticScenes, TALoRAConfig, engine, make_image_processor
+from peft_talora import Collator, MSamModel, SyntheticScenes, TALoRAConfig, engine, make_image_processor, make_task
+from peft_talora.data import SYNTHETIC_TASKS
 
-TASKS = {"segmentation": 9, "depth": 1, "normals": 3}
+TASKS = {name: SYNTHETIC_TASKS[name] for name in ("segmentation", "depth", "normals")}
 
 
 @pytest.fixture
@@ -20,14 +23,7 @@ def accelerator():
 @pytest.fixture
 def model(sam_folder):
     torch.manual_seed(0)
-    tasks = {**TASKS, "segmentation": len(scenes_classes())}
-    return get_peft_model(MSamModel.from_pretrained(sam_folder, tasks=tasks), TALoRAConfig(r=4, init_weights=False))
-
-
-def scenes_classes():
-    from peft_talora.data.synthetic import CLASSES
-
-    return CLASSES
+    return get_peft_model(MSamModel.from_pretrained(sam_folder, tasks=TASKS), TALoRAConfig(r=4, init_weights=False))
 
 
 @pytest.fixture
@@ -73,11 +69,8 @@ def test_figures_pool_over_the_split_whatever_the_batch_size(accelerator, model,
 
 def test_predictions_have_the_size_of_the_images(model, collator, scenes):
     logits = engine.predict(model, collator, [scenes[0], scenes[1]])
-    assert [tuple(value.shape) for value in logits[1].values()] == [
-        (len(scenes_classes()), 64, 64),
-        (1, 64, 64),
-        (3, 64, 64),
-    ]
+    shapes = {name: tuple(value.shape) for name, value in logits[1].items()}
+    assert shapes == {name: (channels, 64, 64) for name, channels in TASKS.items()}
 
 
 def test_parameters_are_counted_by_what_they_belong_to(model):
@@ -114,9 +107,22 @@ class Arguments(engine.DataArguments):
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "arguments.yaml"
-    file.write_text("rate: 0.2\nnames: [b, c]\nseed: 7\n")
-    args = engine.parse_arguments(Arguments, ["--config", str(file), "--seed", "8"], defaults={"num_images": 3})
-    assert (args.rate, args.names, args.seed, args.num_images) == (0.2, ["b", "c"], 8, 3)
+    file.write_text("rate: 0.2\nnames: [b, c]\ndata_seed: 7\n")
+    args = engine.parse_arguments(Arguments, ["--config", str(file), "--data_seed", "8"], defaults={"num_images": 3})
+    assert (args.rate, args.names, args.data_seed, args.num_images) == (0.2, ["b", "c"], 8, 3)
     file.write_text("raet: 0.2\n")
     with pytest.raises(ValueError, match=r"unknown arguments \['raet'\]"):
         engine.parse_arguments(Arguments, ["--config", str(file)])
+
+
+@pytest.mark.parametrize("names", [["edges"], ["segmentation", "edges"]])
+def test_edges_are_derived_without_the_borders_of_what_is_ignored(names, tmp_path):
+    for folder in ("image", "segmentation"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "train" / "image" / "a.png")
+    classes = np.array([[0, 0, 1, 1, 7, 7]] * 4, np.uint8)
+    Image.fromarray(classes).save(tmp_path / "train" / "segmentation" / "a.png")
+    tasks = [make_task(name, {"segmentation": 2, "edges": 1}[name]) for name in names]
+    args = engine.DataArguments(data_root=str(tmp_path), ignored_class=7, derive_edges=True)
+    labels = engine.open_split(args, "train", tasks, image_size=64)[0]["labels"]
+    assert labels["edges"][0].tolist() == [0, 1, 1, 255, 255, 255]

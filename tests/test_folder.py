@@ -127,6 +127,56 @@ def test_edges_of_a_folder_are_preferred(train):
     assert np.array_equal(label, np.eye(H, W))
 
 
+def test_edges_are_derived_from_the_first_segmentation_whatever_its_name(train):
+    roads, blank = (make_task(name, 4, "segmentation") for name in ("roads", "blank"))
+    outlines = make_task("outlines", 1, "edges")
+    classes = np.zeros((H, W), dtype=np.uint8)
+    classes[:, 4:] = 1
+    classes[:2] = 9
+    for stem in "ab":
+        save(train / "roads" / f"{stem}.png", classes)
+        save(train / "blank" / f"{stem}.png", np.zeros((H, W), dtype=np.uint8))
+    options = {"derive_edges": True, "ignored_classes": {"roads": 9}}
+    label = read(train, outlines, roads, blank, **options)[0]["labels"]["outlines"]
+    assert label[4].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert (label[:2] == 255).all()
+    assert not read(train, outlines, blank, roads, **options)[0]["labels"]["outlines"].any()
+    # Without a task of that kind it is the folder of that name.
+    save(train / "segmentation" / "a.png", np.tile(np.arange(W, dtype=np.uint8) // 2, (H, 1)))
+    label = read(train, outlines, derive_edges=True)[0]["labels"]["outlines"]
+    assert label[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["edges", "saliency"])
+@pytest.mark.parametrize("suffix", [".png", ".npy"])
+def test_white_on_black_mask_is_refused_unless_255_is_said_to_mean_ignored(train, kind, suffix):
+    task = make_task("mine", 1, kind)
+    mask = np.zeros((H, W), dtype=np.uint8)
+    mask[1:3] = 255
+    save(train / "mine" / f"a{suffix}", mask)
+    message = rf"a\{suffix}: label of task 'mine' holds 255 .*1 for the positive class, where 255 means ignored"
+    for options in ({}, {"ignored_classes": {"mine": 2}}):
+        with pytest.raises(ValueError, match=rf"{message}.*ignored_classes={{'mine': 255}}"):
+            read(train, SEGMENTATION, task, **options)[0]
+    label = read(train, SEGMENTATION, task, ignored_classes={"mine": 255})[0]["labels"]["mine"]
+    assert np.array_equal(label, mask)
+
+
+@pytest.mark.parametrize("values", [(0, 0), (0, 1), (1, 255)])
+def test_binary_labels_with_a_positive_or_without_255_are_read_as_they_are(train, values):
+    mask = np.zeros((H, W), dtype=np.uint8)
+    mask[1:3], mask[3:5] = values
+    save(train / "edges" / "a.png", mask)
+    assert np.array_equal(read(train, SEGMENTATION, EDGES)[0]["labels"]["edges"], mask)
+
+
+def test_segmentation_of_0_and_255_only_is_read_as_it_is(train):
+    classes = np.zeros((H, W), dtype=np.uint8)
+    classes[0] = 255
+    save(train / "segmentation" / "a.png", classes)
+    assert np.array_equal(read(train, SEGMENTATION)[0]["labels"]["segmentation"], classes)
+
+
 @pytest.mark.parametrize("missing", ["image", "segmentation"])
 def test_missing_folder_is_named_with_what_is_expected(train, missing):
     (train / missing).rename(train / "elsewhere")

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import peft_talora
 from peft_talora import MSamModel, TALoRAConfig, files, hub, make_image_processor, save_adapter
@@ -238,6 +239,34 @@ def test_a_missing_file_is_named(name, damaged):
 def test_what_is_neither_folder_nor_repository_is_named(name):
     with pytest.raises(OSError, match=f"{name} is no folder"):
         peft_talora.load(name)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT's own, milder word
+def test_weights_that_are_missing_or_left_over_are_named(damaged):
+    file = damaged / "adapter_model.safetensors"
+    weights = load_file(file)
+    row, head = (next(name for name in weights if part in name) for part in ("talora_task", "task_heads"))
+    for lost in (row, head):
+        save_file({name: value for name, value in weights.items() if name != lost}, file)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors (does not belong|lacks)"):
+            peft_talora.load(damaged)
+    save_file({**weights, "stray": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"left over are 1, such as \['stray'\]"):
+        peft_talora.load(damaged)
+
+
+def test_the_precision_of_the_base_comes_back(sam_folder, images, tmp_path):
+    base = MSamModel.from_pretrained(sam_folder, tasks={"depth": 1}, dtype=torch.bfloat16)
+    model = get_peft_model(base, TALoRAConfig(r=2, init_weights=False)).eval()
+    save_adapter(model, tmp_path)
+    loaded = peft_talora.load(tmp_path)
+    assert loaded.get_base_model().dtype == torch.bfloat16
+    assert_same_model(loaded, model, images.bfloat16())
+
+
+def test_a_base_that_nobody_else_has_is_not_pushed(saved):
+    with pytest.raises(ValueError, match=r"is the local folder .*: put it on the Hub first"):
+        peft_talora.push_to_hub(saved, "user/name")
 
 
 def test_a_base_of_another_architecture_is_refused(saved, tmp_path):

@@ -138,6 +138,39 @@ def test_channels_are_checked():
     check_shapes(torch.zeros(B, 2, H, W), torch.zeros(B, H, W), channels=(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("loss", "value", "allowed"),
+    [
+        (balanced_bce, 2, "0 to 1"),
+        (balanced_bce, -1, "0 to 1"),
+        (balanced_bce, 254, "0 to 1"),
+        (balanced_bce, 0.5, "0 to 1"),
+        (cross_entropy, 7, "0 to 6"),
+        (cross_entropy, -100, "0 to 6"),
+    ],
+)
+def test_labels_that_are_no_class_are_shown(loss, value, allowed):
+    logits, labels = make_batch(loss)
+    labels = labels.to(torch.tensor(value).dtype)
+    labels[1, 2, 3] = value
+    with pytest.raises(ValueError, match=f"labels hold {value}; allowed: {allowed}, and 255 where unknown"):
+        loss(logits, labels)
+
+
+@pytest.mark.parametrize("loss", [balanced_bce, cross_entropy])
+def test_values_of_labels_on_a_device_are_not_read(loss):
+    """Labels of the meta device have no values, so that reading one would fail."""
+    logits, labels = make_batch(loss)
+    assert loss(logits.to("meta"), labels.to("meta")).shape == ()
+
+
+@pytest.mark.parametrize("loss", [balanced_bce, cross_entropy])
+def test_is_one_graph_when_compiled(loss):
+    logits, labels = make_batch(loss)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(logits, labels), loss(logits, labels))
+
+
 def test_two_channels_and_their_difference_tell_the_same_probability():
     two = torch.randn(B, 2, H, W, generator=torch.Generator().manual_seed(0))
     expected = two.softmax(1)[:, 1]

@@ -507,6 +507,8 @@ def test_tasks_are_normalised_in_their_order():
         ({"tasks": {"surface normals": 3}}, "'surface normals' cannot name a task; allowed are Python identifiers"),
         ({"tasks": {"keys": 3}}, "'keys' cannot name a task"),
         ({"tasks": {"training": 3}}, "'training' cannot name a task"),
+        ({"tasks": {"setdefault": 3}}, "'setdefault' cannot name a task"),
+        ({"tasks": {3: 1}}, "3 cannot name a task"),
         ({"tasks": {"depth": 0}}, "'depth' has channels=0; allowed are whole numbers from 1"),
         ({"tasks": {"depth": 1.0}}, "channels=1.0"),
         ({"tasks": {"depth": True}}, "channels=True"),

@@ -6,9 +6,11 @@ import torch._dynamo.testing
 from conftest import make_sam
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tuner_cases import (
     BATCH,
     CASES,
+    MLP,
     MLP_2D,
     TASKS,
     TEXT,
@@ -714,3 +716,64 @@ class TestCompile:
         expected = gradients(model, many, lambda v: model(v, task_ids=ids).square().sum())
         actual = gradients(model, many, lambda v: compiled(v, task_ids=ids).square().sum())
         assert_same_gradients(actual, expected, 1e-5)
+
+
+class Checkpointed(MLP):
+    """A model that recomputes itself, by no function of transformers."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def adapt_two_tasks(model: nn.Module) -> PeftModel:
+    config = TALoRAConfig(task_names=["a", "b"], target_modules=["lin0"], r=2, init_weights=False)
+    return get_peft_model(model, config)
+
+
+def test_recomputation_by_a_model_s_own_checkpointing_is_refused():
+    torch.manual_seed(0)
+    model = adapt_two_tasks(Checkpointed())
+    x = torch.randn(BATCH, 6)
+    model.set_task("a")
+    y = model(x)
+    model.set_task("b")
+    for output in (y, model(x, task_ids=["a", "b"])):
+        with pytest.raises(RuntimeError, match="recomputed in backward by a checkpoint function of the model's own"):
+            output.sum().backward()
+
+
+def test_recomputation_of_the_whole_call_is_right():
+    torch.manual_seed(0)
+    model = adapt_two_tasks(MLP())
+    x = torch.randn(BATCH, 6)
+
+    def call(x):
+        return model(x, task_ids=["a", "b"])
+
+    expected = gradients(model, x, lambda x: call(x).square().sum())
+    found = gradients(model, x, lambda x: checkpoint(call, x, use_reentrant=False).square().sum())
+    assert_same_gradients(found, expected)
+
+
+def test_a_choice_that_one_adapter_does_not_know_changes_none():
+    model = adapt_two_tasks(MLP())
+    model.add_adapter("second", TALoRAConfig(task_names=["a", "c"], target_modules=["lin0"], r=2))
+    model.base_model.set_adapter(["default", "second"])
+    model.set_task("a")
+    with pytest.raises(ValueError, match=saying("'b'", "['a', 'c']")):
+        model.set_task("b")
+    with pytest.raises(ValueError, match=saying("'b'", "['a', 'c']")), use_task(model, "b"):
+        pass
+    assert {name: int(index) for name, index in model.base_model.task_state.selected.items()} == {
+        "default": 0,
+        "second": 0,
+    }
+
+
+def test_task_ids_of_a_one_task_adapter_are_checked_too():
+    model = get_peft_model(MLP(), TALoRAConfig(target_modules=["lin0"], r=2))
+    x = torch.randn(BATCH, 6)
+    assert model(x, task_ids=["main", 0]).shape == (BATCH, 5)
+    for task_ids in (["zzz", "main"], [0, 7], torch.tensor([0, -3]), [True, False], []):
+        with pytest.raises(ValueError, match=r"tasks are \['main'\]|`task_ids` is empty"):
+            model(x, task_ids=task_ids)

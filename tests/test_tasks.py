@@ -4,10 +4,12 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from peft_talora.losses import IGNORE_INDEX
 from peft_talora.metrics import Metric
-from peft_talora.tasks import KINDS, Task, make_task
+from peft_talora.tasks import KINDS, Task, check_task_name, make_task
+from peft_talora.tuner.config import check_task_names
 
 B, H, W = 2, 3, 5
 CHANNELS = {"segmentation": 6, "depth": 1, "normals": 3, "edges": 1, "saliency": 2, "parts": 7}
@@ -165,10 +167,27 @@ def test_wrong_channels_are_refused(kind, channels, allowed):
         make_task("x", channels, kind)
 
 
-@pytest.mark.parametrize("name", ["", "two words", "2d", "a.b", "keys", "values", "pop", "forward", "training"])
+@pytest.mark.parametrize("name", ["", "two words", "2d", "a.b", "keys", "values", "get", "copy", "training"])
 def test_names_that_cannot_be_a_module_are_refused(name):
-    with pytest.raises(ValueError, match=f"name is '{name}'; allowed: letters"):
+    with pytest.raises(ValueError, match=f"'{name}' cannot name a task; allowed are Python identifiers"):
         make_task(name, 1, "depth")
+
+
+def accepts(check, value):
+    """Whether a check raises no ValueError."""
+    try:
+        check(value)
+    except ValueError:
+        return False
+    return True
+
+
+def test_tasks_and_tuner_have_the_same_rule_for_names():
+    good = [*KINDS, "main", "class", "_private", "Ärzte", "task_2", "name", "loss"]
+    bad = ["", "two words", "2d", "a.b", "a-b", "depth ", None, 3, *dir(nn.ModuleDict()), *dir(nn.ParameterDict())]
+    assert {"fromkeys", "setdefault", "_modules"} <= set(bad)
+    for name in good + bad:
+        assert accepts(check_task_name, name) == accepts(check_task_names, [name]) == (name in good), name
 
 
 def l1(logits, labels):

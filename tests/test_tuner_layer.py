@@ -351,7 +351,7 @@ class TestMerge:
         weight = layer.base_layer.weight.detach().clone()
         model.set_task("depth")
         model.merge_adapter()
-        layer.task_state.select("default", "edges")  # behind the back of the merged layer
+        layer.task_state.selected["default"] = torch.tensor([2])  # behind the back of the merged layer
         model.unmerge_adapter()
         assert_close(layer.base_layer.weight, weight, 1e-12)
 

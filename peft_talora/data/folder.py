@@ -6,6 +6,9 @@ depth      16-bit png in units of ``depth_scale`` metres (a millimetre by defaul
 normals    npy (3, H, W) or (H, W, 3) of unit vectors, 0 unknown; or 8-bit RGB png of 127.5 · (1 + vector), where
            vectors shorter than 0.1, such as the grey (128, 128, 128), are unknown and all others are renormalised
 =========  ==========================================================================================================
+
+Class ids count from 0, and 255 is ignored; of edges and saliency 1 is the positive class. A file of theirs that holds
+255 and nothing but 0 and 255 looks like a white-on-black mask: it is refused unless ``ignored_classes`` names 255.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +24,8 @@ from .edges import boundaries
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 LABEL_SUFFIXES = (".png", ".npy")
-_SEGMENTATION = "segmentation"  # the folder that edges are derived from
+_SEGMENTATION = "segmentation"
+_BINARY_KINDS = ("edges", "saliency")
 _SHORTEST_VECTOR = 0.1
 
 
@@ -35,9 +39,11 @@ class FolderDataset(torch.utils.data.Dataset):
         root: folder of the dataset.
         split: folder in ``root``, such as train or val.
         tasks: what to read; each task's folder has its name.
-        derive_edges: where a task of kind edges has no folder, make its labels from the folder ``segmentation``:
-            boundaries between classes, and 255 along what is ignored.
+        derive_edges: where a task of kind edges has no folder, make its labels from the folder of the first of
+            ``tasks`` of kind segmentation, or else from a folder named ``segmentation``: boundaries between classes,
+            and 255 along what is ignored.
         ignored_classes: folder name → class id of its files that means "no label", if not 255; it becomes 255.
+            Giving 255 for edges or saliency says that 255 is meant so even in files of 0 and 255 only.
         depth_scale: metres per unit of a depth png.
 
     Raises:
@@ -64,6 +70,8 @@ class FolderDataset(torch.utils.data.Dataset):
         self.derived = {
             t.name for t in self.tasks if derive_edges and t.kind == "edges" and not (folder / t.name).is_dir()
         }
+        segmentations = [t.name for t in self.tasks if t.kind == "segmentation"]
+        self.derived_from = segmentations[0] if segmentations else _SEGMENTATION
         self._check_ignored_classes()
         self.labels = {t.name: _list_files(folder / self._folder_name(t), LABEL_SUFFIXES) for t in self.tasks}
         self.names = sorted(self.images)
@@ -89,7 +97,7 @@ class FolderDataset(torch.utils.data.Dataset):
         return {"image": image, "labels": labels, "name": name}
 
     def _folder_name(self, task):
-        return _SEGMENTATION if task.name in self.derived else task.name
+        return self.derived_from if task.name in self.derived else task.name
 
     def _check_ignored_classes(self):
         folders = sorted({self._folder_name(task) for task in self.tasks})
@@ -105,8 +113,10 @@ class FolderDataset(torch.utils.data.Dataset):
         classes = _read_classes(path)
         ignored = self.ignored_classes.get(self._folder_name(task), IGNORE_INDEX)
         if task.name in self.derived:
-            classes = boundaries(classes, ignored)
-        elif ignored != IGNORE_INDEX:
+            return torch.from_numpy(boundaries(classes, ignored).astype(np.int64))
+        if task.kind in _BINARY_KINDS and self.ignored_classes.get(task.name) != IGNORE_INDEX:
+            _refuse_white_on_black(classes, task.name, path)
+        if ignored != IGNORE_INDEX:
             classes = np.where(classes == ignored, IGNORE_INDEX, classes)
         return torch.from_numpy(classes.astype(np.int64))
 
@@ -149,6 +159,16 @@ def _read_classes(path):
 def _read_depth(path, scale):
     depth = _read_array(path, ("I;16", "I;16B", "I")).astype(np.float32)
     return depth if path.suffix.lower() == ".npy" else depth * np.float32(scale)
+
+
+def _refuse_white_on_black(classes, task_name, path):
+    """Raise ValueError for 0 and 255 only, which would silently load as 0 and ignored."""
+    if (classes == IGNORE_INDEX).any() and np.isin(classes, (0, IGNORE_INDEX)).all():
+        raise ValueError(
+            f"{path}: label of task {task_name!r} holds {IGNORE_INDEX} and nothing but 0 and {IGNORE_INDEX}; allowed: "
+            f"1 for the positive class, where {IGNORE_INDEX} means ignored. If {IGNORE_INDEX} is meant as ignored "
+            f"here, say so by ignored_classes={{{task_name!r}: {IGNORE_INDEX}}}"
+        )
 
 
 def _read_vectors(path):

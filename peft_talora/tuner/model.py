@@ -160,7 +160,7 @@ class TALoRAModel(BaseTuner):
             if isinstance(target, TALoRALayer):
                 target.update_layer(adapter_name, **update)
                 return
-            _check_target(target)
+            _check_target(target, parent)
             layer = Linear(target, adapter_name, self.task_state, **update, **get_quantization_kwargs(self))
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
@@ -238,15 +238,12 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
     layers = _layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no TA-LoRA adapter, so no task can be set.")
+    state = layers[0].task_state
+    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.talora_core)
     if any(layer.merged for layer in layers):
         warnings.warn("The task cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.talora_core)
-    for name in active if adapter_name is None else [adapter_name]:
-        layers[0].task_state.select(name, task)
-    layers[0].task_state.sync()
+    state.select(list(active) if adapter_name is None else [adapter_name], task)
+    state.sync()
 
 
 @contextmanager
@@ -270,7 +267,9 @@ def _head_names(model: nn.Module) -> list[str] | None:
     return list(heads.keys()) if isinstance(heads, nn.ModuleDict) else None
 
 
-def _check_target(target: nn.Module) -> None:
+def _check_target(target: nn.Module, parent: nn.Module) -> None:
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError("`nn.MultiheadAttention` uses the weight of this layer directly, so an update has no effect.")
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, torch.nn.Linear):
         return

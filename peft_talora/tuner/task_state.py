@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 TaskIds = torch.Tensor | Sequence[int | str]
 
@@ -27,6 +28,8 @@ def task_index(task: str | int, task_names: list[str]) -> int:
         if task not in task_names:
             raise ValueError(f"Unknown task {task!r}; the tasks are {task_names}.")
         return task_names.index(task)
+    if isinstance(task, bool):
+        raise ValueError(f"Task {task!r} is neither a name nor a position; the tasks are {task_names}.")
     index = operator.index(task)
     if not 0 <= index < len(task_names):
         raise ValueError(f"Task index {index} is out of range; the {len(task_names)} tasks are {task_names}.")
@@ -67,6 +70,12 @@ class TaskState:
         in_flight = self.calls[-1][1] if self.calls else None
         if in_flight is not None:
             return in_flight[adapter_name]
+        if not self.calls and _in_backward():
+            raise RuntimeError(
+                f"A layer of adapter {adapter_name!r} is recomputed in backward by a checkpoint function of the "
+                "model's own, which cannot know the task of the forward. Use `activation_checkpointing_enable`, or "
+                "checkpoint the call of the whole model."
+            )
         self.check_selected(adapter_name)
         return self.selected[adapter_name]
 
@@ -78,27 +87,37 @@ class TaskState:
                 "`set_task`, or pass `task_ids` (one per sample) to forward. Merging needs `set_task`."
             )
 
-    def select(self, adapter_name: str, task: str | int | None) -> None:
-        """Make a lasting choice; None takes it back."""
-        if adapter_name not in self.task_names:
-            raise ValueError(f"Unknown adapter {adapter_name!r}; the TA-LoRA adapters are {list(self.task_names)}.")
-        if task is None:
-            self.selected.pop(adapter_name, None)
-        else:
-            self.selected[adapter_name] = torch.tensor([task_index(task, self.task_names[adapter_name])])
+    def select(self, adapter_names: Sequence[str], task: str | int | None) -> None:
+        """Make a lasting choice for every adapter named, or for none if one does not know it; None takes it back."""
+        for name in adapter_names:
+            if name not in self.task_names:
+                raise ValueError(f"Unknown adapter {name!r}; the TA-LoRA adapters are {list(self.task_names)}.")
+        names = [] if task is None else adapter_names
+        indices = {name: task_index(task, self.task_names[name]) for name in names}
+        for layer in self.layers:
+            if layer.merged:
+                layer.unmerge()
+        for name in adapter_names:
+            self.selected.pop(name, None)
+        device = self.layers[0].weight.device
+        self.selected.update({name: torch.tensor([index], device=device) for name, index in indices.items()})
 
     def selected_index(self, adapter_name: str) -> int:
         """The position of the adapter's one task that can be meant: its only one, or the lasting choice."""
         self.check_selected(adapter_name)
         return int(self.selected[adapter_name]) if len(self.task_names[adapter_name]) > 1 else 0
 
-    def multi_task_adapters(self) -> list[str]:
-        """Adapters of several tasks that take part in a forward now: active, enabled, unmerged."""
+    def adapters_in_use(self) -> list[str]:
+        """Adapters that take part in a forward now: active, enabled, unmerged."""
         names: dict[str, None] = {}
         for layer in self.layers:
             if not layer.disable_adapters and not layer.merged:
                 names.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.talora_core))
-        return [name for name in names if len(self.task_names[name]) > 1]
+        return list(names)
+
+    def multi_task_adapters(self) -> list[str]:
+        """Those of them that have several tasks."""
+        return [name for name in self.adapters_in_use() if len(self.task_names[name]) > 1]
 
     def merged_task(self) -> str | None:
         """The task that is merged into the base weights, None if none is or the merged adapter has one task only."""
@@ -109,30 +128,35 @@ class TaskState:
         return None
 
     def resolve(self, task_ids: TaskIds, batch_size: int | None) -> dict[str, torch.Tensor]:
-        """Turn the `task_ids` of a call into indices for each active adapter of several tasks. Checks them all."""
+        """Turn the `task_ids` of a call into indices into the tasks of each adapter in use. Checks them all."""
         if isinstance(task_ids, (str, int)) or (isinstance(task_ids, torch.Tensor) and task_ids.ndim != 1):
             raise ValueError(f"`task_ids` must hold one task per sample, in one dimension; got {task_ids!r}.")
         if isinstance(task_ids, torch.Tensor) and task_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"`task_ids` must be a tensor of type int64 or int32; got {task_ids.dtype}.")
+        if len(task_ids) == 0:
+            raise ValueError("`task_ids` is empty; give one per sample.")
         if batch_size is not None and len(task_ids) != batch_size:
             raise ValueError(
                 f"`task_ids` has {len(task_ids)} entries for a batch of {batch_size}: give one per sample."
             )
-        return {adapter_name: self._indices(adapter_name, task_ids) for adapter_name in self.multi_task_adapters()}
+        return {adapter_name: self._indices(adapter_name, task_ids) for adapter_name in self.adapters_in_use()}
 
     def _indices(self, adapter_name: str, task_ids: TaskIds) -> torch.Tensor:
         own = self.task_names[adapter_name]
         known = self.head_names or own
-        if isinstance(task_ids, torch.Tensor):
-            if not torch.compiler.is_compiling():  # reading values would break the graph
-                for index in task_ids.unique().tolist():
-                    task_index(known[task_index(index, known)], own)
-            if known == own:
-                return task_ids
-            table = torch.tensor([own.index(name) if name in own else -1 for name in known], device=task_ids.device)
-            return table[task_ids]
-        names = [task if isinstance(task, str) else known[task_index(task, known)] for task in task_ids]
-        return torch.tensor([task_index(name, own) for name in names])
+        if not isinstance(task_ids, torch.Tensor):
+            given = task_ids = [task_index(task, known) for task in task_ids]
+        else:  # reading a tensor's values would break a compiled graph
+            given = [] if torch.compiler.is_compiling() else task_ids.unique().tolist()
+        for index in dict.fromkeys(given):
+            task_index(index, known)
+            if len(own) > 1:
+                task_index(known[index], own)
+        ids = torch.as_tensor(task_ids, device=self.layers[0].weight.device)
+        if known == own or len(own) == 1:
+            return ids
+        table = torch.tensor([own.index(name) if name in own else -1 for name in known], device=ids.device)
+        return table[ids]
 
     def sync(self) -> None:
         """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
@@ -227,7 +251,7 @@ class TaskEntry:
                     f"`task_ids` was given while the task {state.merged_task()!r} is merged into the weights; "
                     "call `unmerge_adapter` first, or leave `task_ids` out."
                 )
-            ids = state.resolve(kwargs["task_ids"], _batch_size(args, kwargs))
+            ids = state.resolve(kwargs["task_ids"], _batch_size(module, args, kwargs))
             state.calls[-1] = (self, ids)
         elif self.is_base:
             kwargs = self._with_selected_task(args, kwargs)
@@ -259,9 +283,14 @@ class TaskEntry:
         return {**kwargs, "tasks": sorted(tasks)} if tasks else kwargs
 
 
-def _batch_size(args: tuple, kwargs: dict) -> int | None:
-    """The leading size of the first tensor among the inputs, None if there is none."""
-    for value in (*args, *(value for name, value in kwargs.items() if name != "task_ids")):
+def _batch_size(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
+    """The leading size of the model's main input, or else of the first tensor given; None if there is none."""
+    main = kwargs.get(module.main_input_name) if isinstance(module, PreTrainedModel) else None
+    for value in (main, *args, *(value for name, value in kwargs.items() if name != "task_ids")):
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             return value.shape[0]
     return None
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
