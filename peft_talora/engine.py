@@ -47,7 +47,7 @@ class DataArguments:
     data_seed: int = field(default=0, metadata={"help": "Of generated scenes."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per evaluation pass and process."})
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads per process; figures' last digits hang on it. None: all cores."}
+        default=None, metadata={"help": "CPU threads per process; the order of sums depends on it. None: all cores."}
     )
 
 
