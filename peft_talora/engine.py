@@ -42,7 +42,7 @@ class DataArguments:
     )
     derive_edges: bool = field(default=False, metadata={"help": "Take edges from the borders of segmentation."})
     num_images: int = field(
-        default=640, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
+        default=512, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
     )
     data_seed: int = field(default=0, metadata={"help": "Of generated scenes."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per evaluation pass and process."})
