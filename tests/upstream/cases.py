@@ -82,7 +82,7 @@ class LoraNames(TALoRAConfig):
 
 
 def expose(module: ModuleType, parameters: dict[str, list]) -> dict[str, type]:
-    """The test classes of one of PEFT's modules, with our values where a test is parametrised by one of these names."""
+    """The test classes of one of PEFT's modules, with our values in tests parametrised by these names."""
     classes = {name: value for name, value in vars(module).items() if name.startswith("Test")}
     classes.pop("TestingCommitHashError", None)  # no test, in spite of its name
     for tests in classes.values():

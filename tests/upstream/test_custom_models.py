@@ -61,7 +61,6 @@ LEFT_OUT = {
     "*::test_only_params_are_updated*three tasks*": "wants all moved; the rows of tasks that are not selected stay",
     "*::test_disable_adapter_with_bias_warns*": "PEFT skips it for every method, by a condition that always holds",
     "*::test_active_adapter*save*": "PEFT skips it: modules to save of two adapters cannot both be active",
-    "*::test_add_adapter_rejects_duplicate_name*True*": "PEFT's list of methods for mixed models is closed",
     "*::test_multiple_adapters_automatic_modules_to_save": HUB,
     "*::test_multiple_adapters_no_needless_copy_modules_to_save": HUB,
     "*::test_multiple_adapters_*merging_adapters*": WEIGHTED,
@@ -79,6 +78,7 @@ LEFT_OUT = {
 }
 if Version(peft.__version__) >= Version("0.21"):
     LEFT_OUT |= {
+        "*::test_add_adapter_rejects_duplicate_name*True*": "PEFT's list of methods for mixed models is closed",
         "*::test_ia3_*": OTHERS,
         "*::test_lora_safe_merge_*": OTHERS,
         "*::test_loading_adapter_preserves_custom_requires_grad": "freezes `lora_A` by hand",
