@@ -83,3 +83,9 @@ if Version(peft.__version__) >= Version("0.21"):
         "*::test_lora_safe_merge_*": OTHERS,
         "*::test_loading_adapter_preserves_custom_requires_grad": "freezes `lora_A` by hand",
     }
+else:
+    LEFT_OUT |= {
+        "*::test_loading_model_requires_grad_set_correctly_switch_*": "PEFT 0.20 expects it to fail for every method",
+        "*::test_loading_model_requires_grad_load_adapter_then_*": "PEFT 0.20 expects it to fail for every method",
+        "*overlapping_modules_to_save_raises*ThreeTask*": "its second adapter has no layer, by a slip of its name",
+    }
