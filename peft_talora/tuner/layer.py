@@ -207,10 +207,7 @@ class Linear(nn.Module, TALoRALayer):
         if ids_N is None:
             return F.linear(z, folded_TDR[0])
         if x.shape[0] % len(ids_N) != 0:
-            raise ValueError(
-                f"A layer's input has a leading size of {x.shape[0]}, no multiple of the {len(ids_N)} entries of "
-                "`task_ids`: samples must be its slowest axis."
-            )
+            raise self.task_state.layout_error(self, x.shape, len(ids_N))
         folded_NDR = folded_TDR.index_select(0, ids_N.to(x.device))
         # Windows are folded into the batch axis with the sample slowest, so this view puts a sample's rows together.
         y = z.reshape(len(ids_N), -1, z.shape[-1]) @ folded_NDR.mT

@@ -87,6 +87,15 @@ class TaskState:
                 "`set_task`, or pass `task_ids` (one per sample) to forward. Merging needs `set_task`."
             )
 
+    def layout_error(self, layer: nn.Module, shape: torch.Size, samples: int) -> ValueError:
+        """What to raise where the leading size of a layer's input is no multiple of the number of samples."""
+        name = next(name for name, module in self.base.named_modules() if module is layer)
+        return ValueError(
+            f"{name}: the input, of shape {tuple(shape)}, has a leading size of {shape[0]}, no multiple of the "
+            f"{samples} entries of `task_ids`: samples must be its slowest axis. Leave this layer out by "
+            "`exclude_modules`, or choose one task for all samples by `set_task`."
+        )
+
     def select(self, adapter_names: Sequence[str], task: str | int | None) -> None:
         """Make a lasting choice for every adapter named, or for none if one does not know it; None takes it back."""
         for name in adapter_names:
