@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -293,12 +293,19 @@ class TaskEntry:
 
 
 def _batch_size(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
-    """The leading size of the model's main input, or else of the first tensor given; None if there is none."""
-    main = kwargs.get(module.main_input_name) if isinstance(module, PreTrainedModel) else None
-    for value in (main, *args, *(value for name, value in kwargs.items() if name != "task_ids")):
+    """The leading size of the model's main input, or else of the first tensor given; None if there is none.
+
+    A model of transformers that is given none at all, not in a list or dict either, takes one sample at a time: a
+    frame out of a video session.
+    """
+    of_transformers = isinstance(module, PreTrainedModel)
+    main = kwargs.get(module.main_input_name) if of_transformers else None
+    values = (main, *args, *(value for name, value in kwargs.items() if name != "task_ids"))
+    for value in values:
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             return value.shape[0]
-    return None
+    containers = any(isinstance(value, (list, tuple, Mapping)) for value in values)
+    return 1 if of_transformers and not containers else None
 
 
 def _in_backward() -> bool:
