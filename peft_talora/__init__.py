@@ -11,7 +11,7 @@ from .msam import MSamConfig, MSamModel, MSamOutput
 from .plotting import draw_predictions
 from .small_sam import make_small_sam, save_small_sam
 from .tasks import KINDS, Task, make_task
-from .tuner import TALoRAConfig, TALoRAModel, set_task, use_task
+from .tuner import TALoRAConfig, TALoRAModel, orthogonality_loss, set_task, use_task
 from .version import __version__
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "make_image_processor",
     "make_small_sam",
     "make_task",
+    "orthogonality_loss",
     "push_to_hub",
     "save_adapter",
     "save_small_sam",

@@ -133,8 +133,8 @@ class TestFormula:
         with FlopCounterMode(display=False) as counter:
             model(inputs(BATCH, rows, 64), task_ids=[0, 2])
         base, skinny = 64 * 96, (64 + 96) * 4
-        fold = len(TASKS) * 96 * 4 * 4 + len(TASKS) * 2 * 4 * 4
-        assert counter.get_total_flops() == 2 * (BATCH * rows * (base + skinny) + fold)
+        core, contraction = 4 * 4, BATCH * 2 * 4 * 4
+        assert counter.get_total_flops() == 2 * (BATCH * rows * (base + skinny + core) + contraction)
 
 
 class TestSpecialCases:
@@ -413,7 +413,7 @@ class TestPrecision:
         expected = model(x, task_ids=[0, 2])
         with torch.autocast("cpu", torch.bfloat16):
             output = model(x, task_ids=[0, 2])
-            assert layer.fold("default").dtype == torch.float32
+            assert layer.cores("default", torch.arange(len(TASKS))).dtype == torch.float32
         assert output.dtype == torch.bfloat16
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert_close(output, expected, 2e-2)

@@ -18,6 +18,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from .config import QKV_PARTS, TALoRAConfig
+from .fused import can_fuse, fused_linear
 from .task_state import TaskState, task_index
 
 
@@ -121,27 +122,36 @@ class TALoRALayer(BaseTunerLayer):
         else:
             nn.init.zeros_(core)
 
-    def fold(self, adapter_name: str) -> torch.Tensor:
-        """Fold scaling, core and task factor into the output factor: s · U C_t for every task.
+    def cores(self, adapter_name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Contract core and task factor: s · C_t for every task in `indices`.
 
-        This one contraction serves forward, merging and export.
+        This one contraction serves forward, merging and export. Rows are picked before it, so that its result for a
+        task is the same to the last bit however many tasks the adapter has.
+
+        Args:
+            adapter_name: The adapter.
+            indices: (N,) positions of tasks, on the parameters' device.
 
         Returns:
-            (T, D_out, r), in the parameters' dtype even under autocast; zero in the rows of disabled `qkv_parts`.
+            (N, r_out, r), in the parameters' dtype even under autocast.
         """
-        core_ORK, out_DO = self.talora_core[adapter_name], self.talora_out[adapter_name]
+        core_ORK = self.talora_core[adapter_name]
+        # By name: the container's own order is not that of the tasks.
+        rows = self.talora_task[adapter_name]
+        task_TK = torch.stack([rows[name] for name in self.task_state.task_names[adapter_name]])
         with _without_autocast(core_ORK.device.type):
-            # By name: the container's own order is not that of the tasks.
-            rows = self.talora_task[adapter_name]
-            task_TK = torch.stack([rows[name] for name in self.task_state.task_names[adapter_name]])
-            core_TOR = torch.einsum("tk,ork->tor", task_TK, core_ORK)
-            folded_TDR = self.scaling[adapter_name] * torch.einsum("do,tor->tdr", out_DO, core_TOR)
-        parts = self.qkv_parts[adapter_name]
+            # `linear`, not `matmul`: that one's last bits depend on whether the parameters require gradients.
+            cores_NX = F.linear(task_TK.index_select(0, indices), core_ORK.flatten(0, 1))
+            return self.scaling[adapter_name] * cores_NX.unflatten(1, core_ORK.shape[:2])
+
+    def output_factor(self, adapter_name: str) -> torch.Tensor:
+        """The output factor for all outputs of the layer, (D_out, r_out): zero in the rows of disabled `qkv_parts`."""
+        out_DO, parts = self.talora_out[adapter_name], self.qkv_parts[adapter_name]
         if len(parts) == len(QKV_PARTS):
-            return folded_TDR
-        enabled = dict(zip(parts, folded_TDR.split(self.in_features, dim=1), strict=True))
+            return out_DO
+        enabled = dict(zip(parts, out_DO.split(self.in_features), strict=True))
         zeros = torch.zeros_like(enabled[parts[0]])
-        return torch.cat([enabled.get(part, zeros) for part in QKV_PARTS], dim=1)
+        return torch.cat([enabled.get(part, zeros) for part in QKV_PARTS])
 
     def get_delta_weight(self, adapter_name: str, task: str | int | None = None) -> torch.Tensor:
         """The update ΔW_t of one task, (D_out, D_in), as it is added to the base weight.
@@ -153,12 +163,13 @@ class TALoRALayer(BaseTunerLayer):
         Raises:
             ValueError: For an unknown task, or None where several tasks are there and none is selected.
         """
-        index = self._task_index(adapter_name, task)
         in_DR = self.talora_in[adapter_name]
+        index = torch.tensor([self._task_index(adapter_name, task)], device=in_DR.device)
         # Some processors multiply half-precision matrices slowly or not at all, so merging there goes through float32.
         half_on_cpu = in_DR.device.type == "cpu" and in_DR.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if half_on_cpu else in_DR.dtype
-        return (self.fold(adapter_name)[index].to(dtype) @ in_DR.T.to(dtype)).to(in_DR.dtype)
+        core_OR = self.cores(adapter_name, index)[0].to(dtype)
+        return (self.output_factor(adapter_name).to(dtype) @ core_OR @ in_DR.T.to(dtype)).to(in_DR.dtype)
 
     def _task_index(self, adapter_name: str, task: str | int | None = None) -> int:
         if task is None:
@@ -185,36 +196,40 @@ class Linear(nn.Module, TALoRALayer):
         """The base layer's output, plus the update of each row's task: (N · windows, ..., D_in) → (..., D_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.talora_core:
-                result = result + self._update(adapter_name, x).to(result.dtype)
+        names = [name for name in self.active_adapters if name in self.talora_core]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        if not args and not kwargs and self.cast_input_dtype_enabled and can_fuse(self.base_layer, x):
+            first, *names = names
+            cores, dropout = self._cores_of_rows(first, x), self.talora_dropout[first]
+            result = fused_linear(x, self.base_layer, self.talora_in[first], cores, self.output_factor(first), dropout)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+            if self.quantization_backend is not None:
+                result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in names:
+            result = result + self._update(adapter_name, x).to(result.dtype)
         return result
+
+    def _cores_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """The scaled core of every entry of `task_ids`, (N, r_out, r); N divides the leading size of x."""
+        ids_N = self.task_state.rows(adapter_name)
+        if ids_N is None:
+            ids_N = torch.zeros(1, dtype=torch.int64, device=x.device)
+        if x.shape[0] % len(ids_N) != 0:
+            raise self.task_state.layout_error(self, x.shape, len(ids_N))
+        return self.cores(adapter_name, ids_N.to(x.device))
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """s · U C_t Vᵀ dropout(x) for every row's own task t: two skinny products, no dense update."""
         # The parameters follow the activations' dtype: PEFT keeps adapters in float32, and float32 arithmetic beside a
         # half-precision base would cost more than the base.
         dtype = x.dtype if self.cast_input_dtype_enabled else self.talora_in[adapter_name].dtype
-        folded_TDR = self.fold(adapter_name).to(dtype)
-        # `linear` and `einsum`, not `matmul`: that one's last bits depend on whether the parameters require gradients.
         z = F.linear(self.talora_dropout[adapter_name](x), self.talora_in[adapter_name].to(dtype).T)
-        ids_N = self.task_state.rows(adapter_name)
-        if ids_N is None:
-            return F.linear(z, folded_TDR[0])
-        if x.shape[0] % len(ids_N) != 0:
-            raise ValueError(
-                f"A layer's input has a leading size of {x.shape[0]}, no multiple of the {len(ids_N)} entries of "
-                "`task_ids`: samples must be its slowest axis."
-            )
-        folded_NDR = folded_TDR.index_select(0, ids_N.to(x.device))
         # Windows are folded into the batch axis with the sample slowest, so this view puts a sample's rows together.
-        y = z.reshape(len(ids_N), -1, z.shape[-1]) @ folded_NDR.mT
-        return y.reshape(*z.shape[:-1], self.out_features)
+        cores_NOR = self._cores_of_rows(adapter_name, x).to(dtype)
+        w = z.reshape(len(cores_NOR), -1, z.shape[-1]) @ cores_NOR.mT
+        return F.linear(w.reshape(*z.shape[:-1], w.shape[-1]), self.output_factor(adapter_name).to(dtype))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the selected task's update to the base weight.
