@@ -34,9 +34,10 @@ def load(name: str) -> ModuleType:
             warnings.simplefilter("default")
             return importlib.import_module(f"{PACKAGE}.{name}")
     except (ImportError, OSError, subprocess.SubprocessError) as error:
+        reason = f"PEFT's own tests cannot be had: {_reason(error)}"
         if os.environ.get("CI"):
-            raise
-        pytest.skip(f"PEFT's own tests cannot be had: {_reason(error)}", allow_module_level=True)
+            raise RuntimeError(reason) from error
+        pytest.skip(reason, allow_module_level=True)
 
 
 def _unpacked() -> Path:
@@ -66,5 +67,5 @@ def _download(folder: str) -> Path:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        return f"`{error.cmd}` failed with {error.stderr.decode().strip()}"
+        return f"`pip download peft=={peft.__version__}` failed with {error.stderr.decode().strip()}"
     return f"{type(error).__name__}: {error}"
