@@ -1,5 +1,7 @@
 """What the oldest supported PEFT cannot read is an error that says so."""
 
+import copy
+
 import peft
 import pytest
 from packaging.version import Version
@@ -13,6 +15,8 @@ from peft_talora.tuner import TALoRAConfig
 def test_the_peft_that_is_needed_is_named():
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(8, 6))
+    # A plain layer is none the worse for the library that is there.
+    peft.get_peft_model(copy.deepcopy(model), TALoRAConfig(target_modules=["0"], r=2))
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     with pytest.raises(ImportError, match=saying("PEFT 0.20", "torchao 0.18 needs PEFT 0.21")):
         peft.get_peft_model(model, TALoRAConfig(target_modules=["0"], r=2))

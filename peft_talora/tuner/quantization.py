@@ -19,6 +19,8 @@ def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any | 
     try:
         return utils.resolve_quantization_backend(base_layer, **kwargs)
     except ImportError as error:
+        if isinstance(base_layer, nn.Linear) and type(base_layer.weight) is nn.Parameter:
+            return None  # that library is there, but has no part in this layer
         raise ImportError(
             f"PEFT {peft.__version__} does not know the installed version of the library that quantised this layer "
             f"({error}). torchao 0.18 needs PEFT 0.21 or newer."
