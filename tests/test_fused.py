@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tuner_cases import TASKS, assert_close
+from tuner_cases import TASKS, assert_close, needs_peft_0_21
 
 from peft_talora.tuner import TALoRAConfig, fused
 from peft_talora.tuner.layer import Linear
@@ -80,7 +80,15 @@ class TestEquality:
         plain(monkeypatch)
         assert_same(found, outcome(model, inputs(dtype)), DTYPES[dtype])
 
-    @pytest.mark.parametrize("values", [{"qkv_parts": ["q", "v"]}, {"bias": "talora_only"}, {"bias": "all"}], ids=str)
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"qkv_parts": ["q", "v"]},
+            pytest.param({"bias": "talora_only"}, marks=needs_peft_0_21),
+            pytest.param({"bias": "all"}, marks=needs_peft_0_21),
+        ],
+        ids=str,
+    )
     def test_with_options(self, values, monkeypatch):
         model, _ = adapted(torch.float64, **values)
         found = outcome(model, inputs(torch.float64))

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+import transformers
 from family_models import FAMILIES, draw, make_sam2_video, make_sam3, make_sam_hq, needs_torchvision, parameters
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Swinv2Config, Swinv2Model
@@ -131,7 +133,7 @@ class TestProperties:
 
     @pytest.mark.parametrize("case", parameters(other))
     def test_activation_checkpointing_is_refused_where_transformers_has_none(self, case):
-        with pytest.raises(ValueError, match=saying(type(case.build()).__name__, "does not support activation")):
+        with pytest.raises(ValueError, match=saying(type(case.build()).__name__, "does not support", "checkpointing")):
             adapt(case).get_base_model().activation_checkpointing_enable()
 
 
@@ -147,6 +149,10 @@ def test_adapted_decoder_on_embeddings_made_before():
     assert_close(mixed, torch.stack([alone[2][0], alone[0][1]]))
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="5.18 reads a field that its configuration lacks",
+)
 class TestSam2Video:
     """Its images come one frame at a time, out of a session: a task is chosen for the call."""
 

@@ -25,6 +25,7 @@ from tuner_cases import (
     config_for,
     every_case,
     make_mlp,
+    needs_peft_0_21,
     saying,
     trainable_names,
 )
@@ -197,7 +198,14 @@ class TestTraining:
         with pytest.raises(ValueError, match=saying("`train_norms=True`", "layer_norm1")):
             adapt(MLP_2D, train_norms=True)
 
-    @pytest.mark.parametrize(("bias", "count"), [("none", 0), ("talora_only", 1), ("all", 2)])
+    @pytest.mark.parametrize(
+        ("bias", "count"),
+        [
+            ("none", 0),
+            pytest.param("talora_only", 1, marks=needs_peft_0_21),
+            pytest.param("all", 2, marks=needs_peft_0_21),
+        ],
+    )
     def test_bias(self, bias, count):
         names = trainable_names(adapt(MLP_2D, bias=bias, target_modules=["lin0"]))
         assert len([name for name in names if name.endswith(".bias")]) == count
@@ -540,6 +548,7 @@ class TestSave:
         loaded.set_adapter("one")
         assert_equal_outputs(MLP_2D, loaded, expected)
 
+    @needs_peft_0_21
     def test_modules_to_save_and_norms_and_biases(self, tmp_path, images):
         values = {"target_modules": ["qkv"], "modules_to_save": ["neck"], "train_norms": True, "bias": "talora_only"}
         case = Case("sam", make_sam, ["qkv"], ())

@@ -4,15 +4,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
 from conftest import IMAGE_SIZE, make_sam
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
 from peft_talora.tuner import TALoRAConfig, TALoRALayer
 
+needs_peft_0_21 = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.21"), reason="PEFT 0.20 does not save trained biases; they are refused"
+)
 TASKS = ["depth", "normals", "edges"]
 BATCH = 2  # differs from the number of tasks, so that a swapped axis fails
 

@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr
 from torch import nn
 
+from .compatibility import resolve_quantization_backend
 from .config import QKV_PARTS, TALoRAConfig
 from .fused import can_fuse, fused_linear
-from .quantization import resolve_quantization_backend
 from .task_state import TaskState, task_index
 
 

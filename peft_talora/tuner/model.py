@@ -12,10 +12,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compatibility import check_bias, resolve_quantization_backend
 from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
 from .families import BLOCK_NORMS, DEFAULT_TARGETS, NOT_BY_SAMPLE
 from .layer import Linear, TALoRALayer
-from .quantization import resolve_quantization_backend
 from .task_state import TaskEntry, TaskState
 
 # PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
@@ -95,6 +95,7 @@ class TALoRAModel(BaseTuner):
         if peft_config.task_names is None:
             peft_config.task_names = heads or [MAIN_TASK]
         check_task_names(peft_config.task_names)
+        check_bias(peft_config.bias)
         unknown = [name for name in peft_config.task_names if heads and name not in heads]
         if unknown and len(peft_config.task_names) > 1:
             raise ValueError(f"Unknown tasks {unknown} in `task_names`; the model has heads for {heads}.")
