@@ -61,23 +61,26 @@ def save_adapter(
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
                 file.rename(aside / file.name)
-        base_path = _locate(base.config._name_or_path, folder)
+        rebuild = rebuild_config(base, folder)
+        base_path = rebuild["base_model_name_or_path"]
         adapter_config = json.loads((aside / CONFIG_NAME).read_text())
         write_json(aside / CONFIG_NAME, {**adapter_config, "base_model_name_or_path": base_path})
-        write_json(
-            aside / MSAM_CONFIG_NAME,
-            {
-                "base_model_name_or_path": base_path,
-                "decoder_mode": base.config.decoder_mode,
-                "dtype": str(base.dtype).removeprefix("torch."),
-                "image_size": base.config.vision_config.image_size,
-                "tasks": base.config.tasks,
-            },
-        )
+        write_json(aside / MSAM_CONFIG_NAME, rebuild)
         if image_processor is not None:
             image_processor.save_pretrained(aside)
         if card is not None:
             (aside / "README.md").write_text(card)
+
+
+def rebuild_config(base: MSamModel, folder: Path) -> dict[str, Any]:
+    """What `msam_config.json` in `folder` says: all that rebuilds the model around an adapter."""
+    return {
+        "base_model_name_or_path": locate(base.config._name_or_path, folder),
+        "decoder_mode": base.config.decoder_mode,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "image_size": base.config.vision_config.image_size,
+        "tasks": base.config.tasks,
+    }
 
 
 def load(
@@ -243,7 +246,7 @@ images/s in training; versions: {", ".join(f"{k} {v}" for k, v in results["versi
 """
 
 
-def _locate(base: str, folder: Path) -> str:
+def locate(base: str, folder: Path) -> str:
     """A base checkpoint as `folder` names it: by its path from there, its full path, or its Hub id."""
     if not base or not Path(base).is_dir():
         return base

@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
+from .convert import add_weighted
 from .layer import Linear, TALoRALayer
 from .task_state import TaskEntry, TaskState
+from .tucker import RelativeErrors
 
 # PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
 _PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
@@ -143,9 +145,9 @@ class TALoRAModel(BaseTuner):
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         ranks = peft_config.rank_pattern
-        single = ranks.get(get_pattern_key(ranks.keys(), current_key))
-        r = single or peft_config.r
-        r_out = single or peft_config.r_out or r
+        usual = [peft_config.r, peft_config.r_out or peft_config.r]
+        single = ranks.get(get_pattern_key(ranks.keys(), current_key), usual)
+        r, r_out = [single, single] if isinstance(single, int) else single
         alphas = peft_config.alpha_pattern
         alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.alpha)
         update = {
@@ -186,6 +188,43 @@ class TALoRAModel(BaseTuner):
         self.task_state.task_names.pop(adapter_name, None)
         self.task_state.selected.pop(adapter_name, None)
         self.task_state.sync()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        r_out: int | None = None,
+        r_task: int | None = None,
+        modules_from: str | None = None,
+    ) -> RelativeErrors:
+        """Add an adapter whose update is the weighted sum of others, task by task. It is not active yet.
+
+        Args:
+            adapters: Names of adapters with the same tasks in the same order; ranks, scalings, layers and
+                `qkv_parts` may differ.
+            weights: One per adapter, of any sign.
+            adapter_name: Name of the new adapter.
+            combination_type: `"cat"` is exact: factors lie side by side, so ranks add up, though never beyond the
+                layer's size or the number of tasks. `"svd"` cuts that to the given ranks by the truncated
+                higher-order SVD. LoRA's other types combine factors, which has no meaning for these.
+            svd_rank: Rank of the input factor for `"svd"`. None means the largest of the adapters.
+            r_out: The same for the output factor. None means `svd_rank`, or else the largest of the adapters.
+            r_task: The same for the task factor. None means the largest of the adapters.
+            modules_from: The adapter whose modules trained in full (heads, norms) the new one gets a copy of. None
+                takes them where they are, which needs adapters that trained the same module to have equal copies.
+
+        Returns:
+            The relative error per layer and overall.
+
+        Raises:
+            ValueError: For adapters that are unknown or have different tasks, a name that is taken, an unknown
+                combination type, or modules that differ.
+        """
+        ranks = (svd_rank, r_out, r_task)
+        return add_weighted(self, adapters, weights, adapter_name, combination_type, ranks, modules_from)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the selected task; see `BaseTuner.merge_adapter`."""
