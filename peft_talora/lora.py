@@ -167,7 +167,7 @@ def from_loras(
     state |= shared.others
     for layer, tensor in tensors.items():
         weights = weights_of(tensor, config)
-        state |= {f"{PREFIX}{layer}.{name}": w.to(first.dtype).contiguous() for name, w in weights.items()}
+        state |= {f"{PREFIX}{layer}.{name}": w.to(first.dtype) for name, w in weights.items()}
     rebuild = _rebuild_config(parts, folder) if heads else None
     with write_aside(folder) as aside:
         config.save_pretrained(aside)

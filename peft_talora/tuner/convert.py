@@ -77,7 +77,8 @@ def weights_of(tensor: Tucker, config: TALoRAConfig) -> dict[str, torch.Tensor]:
         complement = torch.linalg.qr(task_factor, mode="complete").Q[:, task_factor.shape[1] :]
         task_factor = torch.cat([task_factor, complement[:, :spare]], dim=1)
     weights = {"talora_in": tensor.in_factor, "talora_out": tensor.out_factor, "talora_core": core / _SCALING}
-    return weights | {f"talora_task.{task}": row for task, row in zip(config.task_names, task_factor, strict=True)}
+    weights |= {f"talora_task.{task}": row for task, row in zip(config.task_names, task_factor, strict=True)}
+    return {name: weight.contiguous() for name, weight in weights.items()}
 
 
 def compress(
