@@ -24,6 +24,7 @@ from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
+IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 UPLOADED = [
     "README.md",
@@ -31,7 +32,7 @@ UPLOADED = [
     "base/*",
     MSAM_CONFIG_NAME,
     "predictions.png",
-    "preprocessor_config.json",
+    IMAGE_PROCESSOR_NAME,
     "results.json",
     WEIGHTS_NAME,
 ]

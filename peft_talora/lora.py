@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 
 from .files import write_aside, write_json
-from .hub import MSAM_CONFIG_NAME, WEIGHTS_NAME, locate, rebuild_config
+from .hub import IMAGE_PROCESSOR_NAME, MSAM_CONFIG_NAME, WEIGHTS_NAME, locate, rebuild_config
 from .lora_folder import HEAD_NAME, PREFIX, LoraFolder, read_lora
 from .msam import MSamModel
 from .tuner.config import check_task_names
@@ -57,28 +57,25 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
     in_heads = [name for name in layers if name.startswith("task_heads.")]
     if in_heads:
         raise ValueError(f"The adapter has layers in the heads, which a stock SAM does not have: {in_heads}.")
-    loras = {name: tucker_of(layer, adapter_name).lora(index) for name, layer in layers.items()}
-    dtype = torch.promote_types(next(iter(layers.values())).talora_in[adapter_name].dtype, torch.float32)
-    state = {
-        f"{PREFIX}{name}.lora_{side}.weight": factor.to(dtype).contiguous()
-        for name, pair in loras.items()
-        for side, factor in zip("AB", pair, strict=True)
-    }
+    state = {}
+    for name, layer in layers.items():
+        dtype = torch.promote_types(layer.talora_in[adapter_name].dtype, torch.float32)
+        for side, factor in zip("AB", tucker_of(layer, adapter_name).lora(index), strict=True):
+            state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.to(dtype).contiguous()
+    ranks = {name: len(state[f"{PREFIX}{name}.lora_A.weight"]) for name in layers}
     others = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     for name, tensor in others.items():
         if ".talora_" not in name and not name.startswith(f"{PREFIX}task_heads."):
             state[name] = tensor.detach().cpu().contiguous()
     path = base.config._name_or_path if heads else config.base_model_name_or_path or ""
-    lora_config = _lora_config(base, adapter_name, config, {name: len(a) for name, (a, _) in loras.items()})
-    lora_config.base_model_name_or_path = locate(path, folder)
     with write_aside(folder) as aside:
-        lora_config.save_pretrained(aside)
+        _lora_config(base, adapter_name, config, ranks, locate(path, folder)).save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         if head in heads:
             _save_head(base, adapter_name, head, rebuild_config(base, folder), aside / HEAD_NAME)
 
 
-def _lora_config(base, adapter_name: str, config, ranks: dict[str, int]) -> LoraConfig:
+def _lora_config(base, adapter_name: str, config, ranks: dict[str, int], path: str) -> LoraConfig:
     most = max(ranks.values())
     others = {exact_name(name): rank for name, rank in ranks.items() if rank != most}
     wrappers = {name: module for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
@@ -92,6 +89,7 @@ def _lora_config(base, adapter_name: str, config, ranks: dict[str, int]) -> Lora
         modules_to_save=[name for name in saved if not name.startswith("task_heads.")] or None,
         bias=config.bias.replace("talora", "lora"),
         task_type=config.task_type,
+        base_model_name_or_path=path,
         inference_mode=True,
     )
 
@@ -118,8 +116,8 @@ def from_loras(
 
     Computed on the small factors by QR, never on the dense updates. With all ranks None the result is exact: the ranks
     of a layer then add up over the tasks (up to the layer's size). The heads come along where each LoRA has its task's
-    in `modules_to_save` or in `head.safetensors`, as do an `msam_config.json` for `peft_talora.load` where the folders
-    tell what goes into it. Heads of other tasks stay behind.
+    in `modules_to_save` or in `head.safetensors`, as do the image processor and an `msam_config.json` for
+    `peft_talora.load` where all folders tell what goes into it. Heads of other tasks stay behind.
 
     Args:
         loras: Folder or Hub id of a LoRA per task, in the order of the tasks; all of the same layers of one base
@@ -135,21 +133,16 @@ def from_loras(
         The relative error of the update per layer and overall.
 
     Raises:
-        ValueError: For LoRAs of different layers or bases, one that is more than two matrices per linear layer (DoRA,
-            embeddings, convolutions, biases of its own, and so on), a head that is missing, or norms that differ.
+        ValueError: For LoRAs of different layers, bases or image processors, one that is more than two matrices per
+            linear layer (DoRA, embeddings, convolutions, and so on), a missing head, or norms that differ.
         OSError: If a file is missing or damaged.
     """
     check_task_names(list(loras))
     if modules_from not in (None, *loras):
         raise ValueError(f"`modules_from` must be None or one of the tasks {list(loras)}; got {modules_from!r}.")
     parts = {task: read_lora(task, path) for task, path in loras.items()}
+    _check_alike(parts)
     first, folder = next(iter(parts.values())), Path(folder)
-    for task, part in parts.items():
-        if part.layers.keys() != first.layers.keys():
-            differing = sorted(part.layers.keys() ^ first.layers.keys())
-            raise ValueError(f"The LoRAs of {next(iter(parts))!r} and {task!r} differ in their layers: {differing}.")
-        if part.base != first.base:
-            raise ValueError(f"The LoRAs have different base models: {first.base!r} and, for {task!r}, {part.base!r}.")
     exact = {name: Tucker.of_loras([part.layers[name] for part in parts.values()]) for name in first.layers}
     tensors = {name: tensor.truncated((r_out or r, r, r_task)) for name, tensor in exact.items()}
     shared = parts[modules_from] if modules_from else _only_one(parts)
@@ -169,12 +162,25 @@ def from_loras(
         weights = weights_of(tensor, config)
         state |= {f"{PREFIX}{layer}.{name}": w.to(first.dtype) for name, w in weights.items()}
     rebuild = _rebuild_config(parts, folder) if heads else None
+    processor = _image_processor(parts)
     with write_aside(folder) as aside:
         config.save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         if rebuild is not None:
             write_json(aside / MSAM_CONFIG_NAME, rebuild)
+        if processor is not None:
+            (aside / IMAGE_PROCESSOR_NAME).write_text(processor)
     return relative_errors(exact, tensors)
+
+
+def _check_alike(parts: Mapping[str, LoraFolder]) -> None:
+    first_task, first = next(iter(parts.items()))
+    for task, part in parts.items():
+        if part.layers.keys() != first.layers.keys():
+            differing = sorted(part.layers.keys() ^ first.layers.keys())
+            raise ValueError(f"The LoRAs of {first_task!r} and {task!r} differ in their layers: {differing}.")
+        if part.base != first.base:
+            raise ValueError(f"The LoRAs have different base models: {first.base!r} and, for {task!r}, {part.base!r}.")
 
 
 def _only_one(parts: Mapping[str, LoraFolder]) -> LoraFolder:
@@ -215,3 +221,15 @@ def _rebuild_config(parts: Mapping[str, LoraFolder], folder: Path) -> dict[str, 
             raise ValueError(f"The LoRAs' models differ in {key}: {values}.")
     tasks = [entry for rebuild in known.values() for entry in rebuild["tasks"]]
     return {**first, "base_model_name_or_path": locate(first["base_model_name_or_path"], folder), "tasks": tasks}
+
+
+def _image_processor(parts: Mapping[str, LoraFolder]) -> str | None:
+    """The text of the common image processor's configuration, None where a LoRA has none."""
+    texts = {task: part.image_processor for task, part in parts.items()}
+    if None in texts.values():
+        return None
+    first = next(iter(texts))
+    different = [task for task, text in texts.items() if text != texts[first]]
+    if different:
+        raise ValueError(f"The image processors of {different} differ from that of {first!r}.")
+    return texts[first]

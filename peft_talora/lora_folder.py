@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .files import check_safetensors
-from .hub import MSAM_CONFIG_NAME, WEIGHTS_NAME, fetch
+from .hub import IMAGE_PROCESSOR_NAME, MSAM_CONFIG_NAME, WEIGHTS_NAME, fetch
 
 HEAD_NAME = "head.safetensors"
 PREFIX = "base_model.model."
@@ -60,6 +60,7 @@ class LoraFolder:
         others: Weights beside these, heads apart, as they are called in the file.
         head: The task's head, by the names of `MSamTaskHead`; empty if there is none.
         rebuild: What `msam_config.json` says, the tasks cut down to this one; None if it is not known.
+        image_processor: The text of its configuration; None if there is none.
     """
 
     config: LoraConfig
@@ -69,6 +70,7 @@ class LoraFolder:
     others: dict[str, torch.Tensor]
     head: dict[str, torch.Tensor]
     rebuild: dict[str, Any] | None
+    image_processor: str | None
 
     @property
     def saved(self) -> list[str]:
@@ -100,7 +102,10 @@ def read_lora(task: str, path: str | Path) -> LoraFolder:
     layers = {name: _scaled(config, name, pair) for name, pair in factors.items()}
     dtype = torch.promote_types(next(iter(factors.values()))["A"].dtype, torch.float32)
     head, rebuild = _read_head(task, folder, heads)
-    return LoraFolder(config, _base(config.base_model_name_or_path, folder), dtype, layers, others, head, rebuild)
+    processor = folder / IMAGE_PROCESSOR_NAME
+    processor = processor.read_text() if processor.is_file() else None
+    base = _base(config.base_model_name_or_path, folder)
+    return LoraFolder(config, base, dtype, layers, others, head, rebuild, processor)
 
 
 def _checked_config(folder: Path) -> LoraConfig:

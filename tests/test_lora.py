@@ -14,7 +14,7 @@ from test_msam_with_talora import TASKS, scramble
 from tuner_cases import MLP_2D, adapt, assert_close, assert_visibly_different, saying
 
 import peft_talora
-from peft_talora import MSamModel, TALoRAConfig, from_loras, save_adapter, to_lora
+from peft_talora import MSamModel, TALoRAConfig, from_loras, make_image_processor, save_adapter, to_lora
 from peft_talora.tuner.convert import adapted_layers
 
 # Runs where importing this package fails, as where it is not installed.
@@ -431,6 +431,16 @@ class TestFromLorasRefuses:
         loras, _ = save_loras(sam_folder, tmp_path, images, depth={"modules_to_save": None})
         with pytest.raises(ValueError, match=saying("['depth']", "no head")):
             from_loras(loras, tmp_path / "all")
+
+    def test_different_image_processors(self, sam_folder, images, tmp_path):
+        loras, _ = save_loras(sam_folder, tmp_path, images)
+        for task, folder in loras.items():
+            make_image_processor(IMAGE_SIZE, normalize=task != "depth").save_pretrained(folder)
+        with pytest.raises(ValueError, match=saying("image processors", "['depth']", "'segmentation'")):
+            from_loras(loras, tmp_path / "all")
+        make_image_processor(IMAGE_SIZE).save_pretrained(loras["depth"])
+        from_loras(loras, tmp_path / "all")
+        assert peft_talora.load_image_processor(tmp_path / "all").size == {"longest_edge": IMAGE_SIZE}
 
     def test_models_of_another_shape(self, sam_folder, images, tmp_path):
         loras, _ = save_loras(sam_folder, tmp_path, images)
