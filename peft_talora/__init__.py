@@ -12,7 +12,7 @@ from .msam import MSamConfig, MSamModel, MSamOutput
 from .plotting import draw_predictions
 from .small_sam import make_small_sam, save_small_sam
 from .tasks import KINDS, Task, make_task
-from .tuner import TALoRAConfig, TALoRAModel, compress, set_task, use_task
+from .tuner import TALoRAConfig, TALoRAModel, compress, orthogonality_loss, set_task, use_task
 from .version import __version__
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "make_image_processor",
     "make_small_sam",
     "make_task",
+    "orthogonality_loss",
     "push_to_hub",
     "save_adapter",
     "save_small_sam",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,11 @@ def task_groups(task_names: Sequence[str], order: TaskOrder) -> list[list[str]]:
 
 
 def backward(
-    accelerator: Accelerator, model: nn.Module, batch: Mapping[str, Any], order: TaskOrder
+    accelerator: Accelerator,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    order: TaskOrder,
+    regularizer: Callable[[], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of all tasks of a batch: the gradients of the sum of their losses.
 
@@ -173,19 +177,23 @@ def backward(
         model: An mSAM, adapted or not.
         batch: As a `Collator` makes it, on the model's device.
         order: `folded` or `sequential`.
+        regularizer: Gives a scalar that is added to the losses once, whatever the order.
 
     Returns:
         Each task's loss, detached.
     """
     losses = {}
-    for group in task_groups(list(batch["labels"]), order):
+    groups = task_groups(list(batch["labels"]), order)
+    for group in groups:
         output = model(
             pixel_values=batch["pixel_values"],
             tasks=group,
             labels={name: batch["labels"][name] for name in group},
             original_sizes=batch["original_sizes"],
         )
-        accelerator.backward(output.loss)
+        # With the last loss, in its one backward: several processes average the gradients of each backward once.
+        last = regularizer is not None and group is groups[-1]
+        accelerator.backward(output.loss + regularizer() if last else output.loss)
         losses |= {name: loss.detach() for name, loss in output.losses.items()}
     return losses
 

@@ -9,7 +9,7 @@ Everything lands in `--output_dir`: the adapter with its heads, `results.json`, 
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,10 @@ class TrainArguments(engine.DataArguments):
     )
     train_norms: bool = field(default=True, metadata={"help": "Train the layer norms of the encoder's blocks too."})
 
+    orthogonality: float = field(
+        default=0.0, metadata={"help": "Weight of the regulariser that keeps the factors' columns orthonormal."}
+    )
+
     seed: int = field(default=0, metadata={"help": "Of the adapter's weights, the order of images and dropout."})
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Images per step and process."})
@@ -107,6 +111,13 @@ class Run:
     order: engine.TaskOrder
     total_steps: int
     progress: checkpoint.Progress
+
+    @property
+    def regularizer(self) -> Callable[[], torch.Tensor] | None:
+        """What is added to the losses of the tasks."""
+        if not self.args.orthogonality:
+            return None
+        return lambda: self.args.orthogonality * peft_talora.orthogonality_loss(self.model)
 
     def measure(self, dataset: Dataset):
         """Metrics and losses over a data set."""
@@ -162,7 +173,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
     begun = time.perf_counter()
     for batch in batches:
         with accelerator.accumulate(run.model):
-            losses = engine.backward(accelerator, run.model, batch, run.order)
+            losses = engine.backward(accelerator, run.model, batch, run.order, run.regularizer)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
             run.optimizer.step()

@@ -150,7 +150,7 @@ class TestEquality:
 
 class TestDerivatives:
     def parameters(self):
-        model, layer = adapted(torch.float64, d_in=3, d_out=4, r=2, r_out=3)
+        _, layer = adapted(torch.float64, d_in=3, d_out=4, r=2, r_out=3)
         generator = torch.Generator().manual_seed(3)
         shapes = (4, 2, 3), (4, 2, 3), (3, 2), (2, 3, 2), (4, 3)
         values = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -268,7 +268,7 @@ class TestWhatIsNotFused:
         assert "base_model.model.qkv.base_layer.weight" in outcome(model, inputs())
 
     def test_a_parametrised_weight_is_used(self):
-        model, layer = adapted()
+        _, layer = adapted()
         nn.utils.parametrizations.weight_norm(layer.base_layer)
         assert not fused.can_fuse(layer.base_layer, inputs())
 
