@@ -24,15 +24,15 @@ from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
-IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PROCESSOR_NAME = "preprocessor_config.json"
 UPLOADED = [
     "README.md",
     "adapter_config.json",
     "base/*",
     MSAM_CONFIG_NAME,
     "predictions.png",
-    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
     "results.json",
     WEIGHTS_NAME,
 ]

@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 
 from .files import write_aside, write_json
-from .hub import IMAGE_PROCESSOR_NAME, MSAM_CONFIG_NAME, WEIGHTS_NAME, locate, rebuild_config
+from .hub import MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, locate, rebuild_config
 from .lora_folder import HEAD_NAME, PREFIX, LoraFolder, read_lora
 from .msam import MSamModel
 from .tuner.config import check_task_names
@@ -32,7 +32,8 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
     ΔW_t = s · U C_t Vᵀ becomes B A of rank min(r_out, r) with the scaling 1. Of an mSAM the folder is for the encoder
     of a stock `SamModel` or `SamVisionModel`, and the task's head is written beside it as `head.safetensors`. Modules
     trained in full and biases go along, as PEFT saves them. Half-precision factors are written in float32, for the
-    products would be rounded.
+    products would be rounded. (PEFT's own `convert_to_lora` exports the selected task too, by an SVD of the dense
+    update, but it loses modules made of several, such as heads.)
 
     Args:
         model: A `PeftModel` with a TA-LoRA adapter, merged or not.
@@ -169,7 +170,7 @@ def from_loras(
         if rebuild is not None:
             write_json(aside / MSAM_CONFIG_NAME, rebuild)
         if processor is not None:
-            (aside / IMAGE_PROCESSOR_NAME).write_text(processor)
+            (aside / PROCESSOR_NAME).write_text(processor)
     return relative_errors(exact, tensors)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .files import check_safetensors
-from .hub import IMAGE_PROCESSOR_NAME, MSAM_CONFIG_NAME, WEIGHTS_NAME, fetch
+from .hub import MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, fetch
 
 HEAD_NAME = "head.safetensors"
 PREFIX = "base_model.model."
@@ -102,7 +102,7 @@ def read_lora(task: str, path: str | Path) -> LoraFolder:
     layers = {name: _scaled(config, name, pair) for name, pair in factors.items()}
     dtype = torch.promote_types(next(iter(factors.values()))["A"].dtype, torch.float32)
     head, rebuild = _read_head(task, folder, heads)
-    processor = folder / IMAGE_PROCESSOR_NAME
+    processor = folder / PROCESSOR_NAME
     processor = processor.read_text() if processor.is_file() else None
     base = _base(config.base_model_name_or_path, folder)
     return LoraFolder(config, base, dtype, layers, others, head, rebuild, processor)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import peft_talora
 from peft_talora.files import write_aside
-from peft_talora.hub import IMAGE_PROCESSOR_NAME, fetch
+from peft_talora.hub import PROCESSOR_NAME, fetch
 from peft_talora.plotting import draw_curves
 
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 def copy_image_processor(adapter: str, output: str) -> None:
     """What made the adapter's `pixel_values` goes along, where it was saved."""
-    file = fetch(adapter) / IMAGE_PROCESSOR_NAME
+    file = fetch(adapter) / PROCESSOR_NAME
     if file.is_file():
         with write_aside(output) as aside:
             (aside / file.name).write_text(file.read_text())

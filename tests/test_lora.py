@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from conftest import IMAGE_SIZE
+from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -55,9 +57,10 @@ CONFIGS = {
         "rank_pattern": {"qkv": 2, r"layers\.1\.mlp\.lin1": [5, 7]},
         "alpha_pattern": {"lin2": 3.0},
     },
-    "biases": {"r": 4, "bias": "talora_only"},
-    "all-biases": {"r": 4, "bias": "all"},
 }
+saves_biases = Version(peft.__version__) >= Version("0.21")  # before, PEFT saved those of its own methods only
+if saves_biases:
+    CONFIGS |= {"biases": {"r": 4, "bias": "talora_only"}, "all-biases": {"r": 4, "bias": "all"}}
 
 
 def make_model(sam_folder, tasks=TASKS, adapter_name="default", **values) -> PeftModel:
@@ -326,6 +329,7 @@ class TestFromLoras:
             f"task_heads.{task}" for task in TASKS
         ]
 
+    @pytest.mark.skipif(not saves_biases, reason="this PEFT does not save biases of methods that are not its own")
     def test_biases_travel(self, sam_folder, images, tmp_path):
         model = make_model(sam_folder, r=4, bias="talora_only")
         for task in TASKS:
