@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from .files import check_safetensors
 from .msam_config import MSamConfig, checkpoint_type, task_entries
 from .resize import resize_logits, resize_positions, size_list
+from .sam_hq import load_sam_hq
 from .task_head import MSamTaskHead
 from .tasks import Task, make_task
 
@@ -114,13 +115,14 @@ class MSamModel(SamPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args, tasks=None, decoder_mode=None, image_size=None, **kwargs
     ):
-        """Load a saved mSAM, or start one from a stock SAM checkpoint.
+        """Load a saved mSAM, or start one from a stock SAM or SAM-HQ checkpoint.
 
         From SAM, every head starts as SAM's mask decoder and no-mask embedding; the prompt encoder, the IoU head and
-        the hyper-networks of masks that no head predicts are dropped. Weights are read from safetensors.
+        the hyper-networks of masks that no head predicts are dropped, as is SAM-HQ's second branch (`sam_hq.py`).
+        Weights are read from safetensors.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id of a "sam" or "msam" checkpoint.
+            pretrained_model_name_or_path: folder or Hub id of a "sam", "sam_hq" or "msam" checkpoint.
             *args: passed on to transformers.
             tasks: needed for a SAM checkpoint: {name: channels}, {name: Task}, or a list of Task objects or of dicts
                 with "name", "kind" and "channels". For a saved mSAM: its own tasks, or None.
@@ -136,18 +138,18 @@ class MSamModel(SamPreTrainedModel):
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
         model_type = checkpoint_type(name, kwargs)
-        if model_type == "sam" and not tasks:
+        if model_type != "msam" and not tasks:
             raise ValueError(f"{name} is a stock SAM: say what to predict by tasks=, for example {{'depth': 1}}.")
         entries = None if tasks is None else task_entries(tasks)
         try:
-            load = SamModel.from_pretrained if model_type == "sam" else super().from_pretrained
-            loaded = load(name, *args, **kwargs)
+            loaders = {"sam": SamModel.from_pretrained, "sam_hq": load_sam_hq, "msam": super().from_pretrained}
+            loaded = loaders[model_type](name, *args, **kwargs)
         except SafetensorError as error:
             for file in Path(name).glob("*.safetensors"):  # none if the checkpoint came from the Hub
                 check_safetensors(file)
             raise OSError(f"{name}: truncated or corrupt safetensors file: {error}") from error
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True gives a tuple
-        if model_type == "sam":
+        if model_type != "msam":
             model = cls._from_sam(model, entries, decoder_mode or "channel")
         for argument, value, saved in (
             ("tasks", entries, model.config.tasks),

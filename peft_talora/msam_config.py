@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig, SamConfig
 from .task_head import DECODER_MODES
 from .tasks import Task, check_task_name
 
+CHECKPOINT_TYPES = ("sam", "sam_hq", "msam")
+
 
 def _task_entry(task: Any, name: str | None = None) -> dict[str, Any]:
     """One task as the config keeps it, checked; `name` is the key where tasks come as a dict."""
@@ -16,6 +18,11 @@ def _task_entry(task: Any, name: str | None = None) -> dict[str, Any]:
             raise ValueError(f"tasks: the key {name!r} holds a Task named {task.name!r}; the two must be equal.")
         task = {"name": task.name, "kind": task.kind, "channels": task.out_channels}
     elif not isinstance(task, Mapping):
+        if name is None:
+            raise ValueError(
+                f"tasks: a list holds Task objects or dicts with 'name' and 'channels', got {task!r}; "
+                "the short form is a dict of channels by name, for example {'depth': 1}."
+            )
         task = {"name": name, "channels": task}
     if not {"name", "channels"} <= task.keys() <= {"name", "kind", "channels"}:
         raise ValueError(f"tasks: {dict(task)!r} must have the keys 'name' and 'channels' and may have 'kind'.")
@@ -64,10 +71,10 @@ class MSamConfig(SamConfig):
 
 
 def checkpoint_type(name, kwargs: dict[str, Any]) -> str:
-    """The architecture of a checkpoint, "sam" or "msam", read from its config.json or from `kwargs["config"]`.
+    """The architecture of a checkpoint, read from its config.json or from `kwargs["config"]`.
 
     Raises:
-        ValueError: for any other architecture.
+        ValueError: for one that is not among `CHECKPOINT_TYPES`.
     """
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
@@ -75,6 +82,7 @@ def checkpoint_type(name, kwargs: dict[str, Any]) -> str:
         model_type = values.get("model_type")
     else:
         model_type = config.model_type
-    if model_type not in ("sam", "msam"):
-        raise ValueError(f"{name} holds a model of type {model_type!r}; allowed are 'sam' and 'msam'.")
+    if model_type not in CHECKPOINT_TYPES:
+        allowed = ", ".join(map(repr, CHECKPOINT_TYPES))
+        raise ValueError(f"{name} holds a model of type {model_type!r}; allowed are {allowed}.")
     return model_type

@@ -421,7 +421,7 @@ def test_a_stock_sam_needs_tasks(sam_folder):
 def test_another_architecture_is_refused(tmp_path):
     config = SamVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8)
     SamVisionModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of type 'sam_vision_model'; allowed are 'sam' and 'msam'"):
+    with pytest.raises(ValueError, match="of type 'sam_vision_model'; allowed are 'sam', 'sam_hq', 'msam'"):
         MSamModel.from_pretrained(tmp_path, tasks=TASKS)
 
 
@@ -509,6 +509,8 @@ def test_tasks_are_normalised_in_their_order():
         ({"tasks": {"training": 3}}, "'training' cannot name a task"),
         ({"tasks": {"setdefault": 3}}, "'setdefault' cannot name a task"),
         ({"tasks": {3: 1}}, "3 cannot name a task"),
+        ({"tasks": ["depth"]}, "a list holds Task objects or dicts .*, got 'depth'; the short form is a dict"),
+        ({"tasks": "depth"}, "a list holds Task objects or dicts .*, got 'd'"),
         ({"tasks": {"depth": 0}}, "'depth' has channels=0; allowed are whole numbers from 1"),
         ({"tasks": {"depth": 1.0}}, "channels=1.0"),
         ({"tasks": {"depth": True}}, "channels=True"),

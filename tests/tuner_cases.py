@@ -56,20 +56,25 @@ def make_vision_encoder() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A base model: how to build it, what to adapt in it, one sample's shape and the name of the input."""
+    """A base model: how to build it, what to adapt in it (None: its defaults), one sample's shape, the input's name.
+
+    `prompts` makes a model's further inputs for a batch of that size, `output` is what of its output is compared.
+    """
 
     name: str
     build: Callable[[], nn.Module]
-    targets: list[str]
+    targets: list[str] | None
     sample: tuple[int, ...]
     keyword: str = "x"
+    prompts: Callable[[int], dict] = lambda batch: {}
+    output: str = "last_hidden_state"
 
     def inputs(self, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(batch, *self.sample, generator=torch.Generator().manual_seed(3), dtype=dtype)
 
     def call(self, model: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
-        output = model(**{self.keyword: x}, **kwargs)
-        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        output = model(**{self.keyword: x}, **self.prompts(len(x)), **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[self.output]
 
 
 MLP_2D = Case("mlp-2d", make_mlp, ["lin0", "lin1"], (6,))

@@ -60,7 +60,7 @@ class TALoRAConfig(PeftConfig):
         train_norms: Also train the two layer norms of every vision block (shared by the tasks), through
             `modules_to_save`.
         target_modules: The linear layers to adapt: names, a regular expression, or `"all-linear"`. None takes the
-            fused `qkv` of a SAM vision encoder.
+            queries, keys and values of the vision encoder, in the model families that `families.py` lists.
         exclude_modules: Layers not to adapt: names or a regular expression.
         layers_to_transform: Indices of the blocks to adapt; `target_modules` must then be a list.
         layers_pattern: Name of the block list, used with `layers_to_transform`.

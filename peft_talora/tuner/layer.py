@@ -217,10 +217,7 @@ class Linear(nn.Module, TALoRALayer):
         if ids_N is None:
             ids_N = torch.zeros(1, dtype=torch.int64, device=x.device)
         if x.shape[0] % len(ids_N) != 0:
-            raise ValueError(
-                f"A layer's input has a leading size of {x.shape[0]}, no multiple of the {len(ids_N)} entries of "
-                "`task_ids`: samples must be its slowest axis."
-            )
+            raise self.task_state.layout_error(self, x.shape, len(ids_N))
         return self.cores(adapter_name, ids_N.to(x.device))
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:

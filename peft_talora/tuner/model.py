@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
 from .convert import add_weighted
+from .families import BLOCK_NORMS, DEFAULT_TARGETS, NOT_BY_SAMPLE
 from .layer import Linear, TALoRALayer
 from .task_state import TaskEntry, TaskState
 from .tucker import RelativeErrors
@@ -45,11 +45,7 @@ class TALoRAModel(BaseTuner):
 
     prefix: str = "talora_"
     tuner_layer_cls = TALoRALayer
-    target_module_mapping = {
-        name: ["attn.qkv"] for name in ("sam", "msam", "sam_vision_model", "sam_hq", "sam_hq_vision_model")
-    }
-    # The two norms of a vision block; the neck's norms carry the same names one level up and are left alone.
-    _block_norms = re.compile(r"(.*\.)?vision_encoder\.layers\.\d+\.layer_norm[12]")
+    target_module_mapping = DEFAULT_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see `BaseTuner.inject_adapter`. Hooks the model so that it takes `task_ids`."""
@@ -63,8 +59,10 @@ class TALoRAModel(BaseTuner):
     def _hook(self, model: nn.Module) -> None:
         entries = self.task_state.entries
         hooked = {id(entry.module) for entry in entries}
+        encoder = dict(model.named_children()).get("vision_encoder") if self.task_state.head_names else None
         for module in model.modules():
-            takes_tasks = module is model or (isinstance(module, PreTrainedModel) and _layers(module))
+            takes_tasks = module is model or module is encoder  # the encoder: contract name 2, of any class
+            takes_tasks = takes_tasks or (isinstance(module, PreTrainedModel) and _layers(module))
             if takes_tasks and id(module) not in hooked:
                 entries.append(TaskEntry(module, self.task_state))
 
@@ -112,9 +110,12 @@ class TALoRAModel(BaseTuner):
         if peft_config.modules_to_save is None and heads:
             peft_config.modules_to_save = [f"task_heads.{name}" for name in heads]
         if peft_config.train_norms:
-            norms = [name for name in names if self._block_norms.fullmatch(name)]
+            norms = [name for name in names if BLOCK_NORMS.fullmatch(name)]
             if not norms:
-                raise ValueError("`train_norms=True` needs blocks named `vision_encoder.layers.N.layer_norm1/2`.")
+                raise ValueError(
+                    f"`train_norms=True`: {type(self.model).__name__} has no vision blocks with norms of known names, "
+                    "such as `vision_encoder.layers.N.layer_norm1`. Name its norms in `modules_to_save`."
+                )
             saved = peft_config.modules_to_save or []
             peft_config.modules_to_save = [*saved, *(name for name in norms if name not in saved)]
         for entry in peft_config.modules_to_save or []:
@@ -159,6 +160,7 @@ class TALoRAModel(BaseTuner):
         }
         self.task_state.task_names[adapter_name] = list(peft_config.task_names)
         try:
+            _check_tasks(current_key, peft_config.task_names)
             if isinstance(target, TALoRALayer):
                 target.update_layer(adapter_name, **update)
                 return
@@ -304,6 +306,14 @@ def _layers(model: nn.Module) -> list[TALoRALayer]:
 def _head_names(model: nn.Module) -> list[str] | None:
     heads = dict(model.named_children()).get("task_heads")
     return list(heads.keys()) if isinstance(heads, nn.ModuleDict) else None
+
+
+def _check_tasks(name: str, task_names: list[str]) -> None:
+    if len(task_names) > 1 and NOT_BY_SAMPLE.fullmatch(name):
+        raise ValueError(
+            "the samples are not the slowest axis of this layer's input, so it cannot give each sample its task. "
+            f"Leave it out by `exclude_modules`, or give the adapter one task; it has {task_names}."
+        )
 
 
 def _check_target(target: nn.Module, parent: nn.Module) -> None:

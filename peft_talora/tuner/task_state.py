@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -86,6 +86,15 @@ class TaskState:
                 f"Adapter {adapter_name!r} has the tasks {self.task_names[adapter_name]} and none is selected: call "
                 "`set_task`, or pass `task_ids` (one per sample) to forward. Merging needs `set_task`."
             )
+
+    def layout_error(self, layer: nn.Module, shape: torch.Size, samples: int) -> ValueError:
+        """What to raise where the leading size of a layer's input is no multiple of the number of samples."""
+        name = next(name for name, module in self.base.named_modules() if module is layer)
+        return ValueError(
+            f"{name}: the input, of shape {tuple(shape)}, has a leading size of {shape[0]}, no multiple of the "
+            f"{samples} entries of `task_ids`: samples must be its slowest axis. Leave this layer out by "
+            "`exclude_modules`, or choose one task for all samples by `set_task`."
+        )
 
     def select(self, adapter_names: Sequence[str], task: str | int | None) -> None:
         """Make a lasting choice for every adapter named, or for none if one does not know it; None takes it back."""
@@ -284,12 +293,19 @@ class TaskEntry:
 
 
 def _batch_size(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
-    """The leading size of the model's main input, or else of the first tensor given; None if there is none."""
-    main = kwargs.get(module.main_input_name) if isinstance(module, PreTrainedModel) else None
-    for value in (main, *args, *(value for name, value in kwargs.items() if name != "task_ids")):
+    """The leading size of the model's main input, or else of the first tensor given; None if there is none.
+
+    A model of transformers that is given none at all, not in a list or dict either, takes one sample at a time: a
+    frame out of a video session.
+    """
+    of_transformers = isinstance(module, PreTrainedModel)
+    main = kwargs.get(module.main_input_name) if of_transformers else None
+    values = (main, *args, *(value for name, value in kwargs.items() if name != "task_ids"))
+    for value in values:
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             return value.shape[0]
-    return None
+    containers = any(isinstance(value, (list, tuple, Mapping)) for value in values)
+    return 1 if of_transformers and not containers else None
 
 
 def _in_backward() -> bool:
