@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import nn
 
 from .config import QKV_PARTS, TALoRAConfig
 from .fused import can_fuse, fused_linear
+from .quantization import resolve_quantization_backend
 from .task_state import TaskState, task_index
 
 

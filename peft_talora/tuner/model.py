@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_name
 from .convert import add_weighted
 from .families import BLOCK_NORMS, DEFAULT_TARGETS, NOT_BY_SAMPLE
 from .layer import Linear, TALoRALayer
+from .quantization import resolve_quantization_backend
 from .task_state import TaskEntry, TaskState
 from .tucker import RelativeErrors
 
