@@ -121,19 +121,22 @@ class TALoRALayer(BaseTunerLayer):
         else:
             nn.init.zeros_(core)
 
-    def fold(self, adapter_name: str) -> torch.Tensor:
-        """Fold scaling, core and task factor into the output factor: s · U C_t for every task.
+    def fold(self, adapter_name: str, ids_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Fold scaling, core and task factor into the output factor: s · U C_t for every task, or for those of `ids_N`.
 
-        This one contraction serves forward, merging and export.
+        This one contraction serves forward, merging and export. Rows are chosen before they are multiplied: the
+        shapes, and with them the last bits, do not depend on how many other tasks there are.
 
         Returns:
-            (T, D_out, r), in the parameters' dtype even under autocast; zero in the rows of disabled `qkv_parts`.
+            (T or N, D_out, r), in the parameters' dtype even under autocast; zero in the rows of disabled `qkv_parts`.
         """
         core_ORK, out_DO = self.talora_core[adapter_name], self.talora_out[adapter_name]
         with _without_autocast(core_ORK.device.type):
             # By name: the container's own order is not that of the tasks.
             rows = self.talora_task[adapter_name]
             task_TK = torch.stack([rows[name] for name in self.task_state.task_names[adapter_name]])
+            if ids_N is not None:
+                task_TK = task_TK.index_select(0, ids_N.to(task_TK.device))
             core_TOR = torch.einsum("tk,ork->tor", task_TK, core_ORK)
             folded_TDR = self.scaling[adapter_name] * torch.einsum("do,tor->tdr", out_DO, core_TOR)
         parts = self.qkv_parts[adapter_name]
@@ -200,18 +203,17 @@ class Linear(nn.Module, TALoRALayer):
         # The parameters follow the activations' dtype: PEFT keeps adapters in float32, and float32 arithmetic beside a
         # half-precision base would cost more than the base.
         dtype = x.dtype if self.cast_input_dtype_enabled else self.talora_in[adapter_name].dtype
-        folded_TDR = self.fold(adapter_name).to(dtype)
         # `linear` and `einsum`, not `matmul`: that one's last bits depend on whether the parameters require gradients.
         z = F.linear(self.talora_dropout[adapter_name](x), self.talora_in[adapter_name].to(dtype).T)
         ids_N = self.task_state.rows(adapter_name)
         if ids_N is None:
-            return F.linear(z, folded_TDR[0])
+            return F.linear(z, self.fold(adapter_name)[0].to(dtype))
         if x.shape[0] % len(ids_N) != 0:
             raise ValueError(
                 f"A layer's input has a leading size of {x.shape[0]}, no multiple of the {len(ids_N)} entries of "
                 "`task_ids`: samples must be its slowest axis."
             )
-        folded_NDR = folded_TDR.index_select(0, ids_N.to(x.device))
+        folded_NDR = self.fold(adapter_name, ids_N).to(dtype)
         # Windows are folded into the batch axis with the sample slowest, so this view puts a sample's rows together.
         y = z.reshape(len(ids_N), -1, z.shape[-1]) @ folded_NDR.mT
         return y.reshape(*z.shape[:-1], self.out_features)
