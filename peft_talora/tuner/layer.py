@@ -121,8 +121,25 @@ class TALoRALayer(BaseTunerLayer):
         else:
             nn.init.zeros_(core)
 
+    def add_row(self, adapter_name: str, task: str, source: str | None) -> None:
+        """Give a task a row of its own: a copy of the row of `source`, or zero, whose update is exactly zero."""
+        rows = self.talora_task[adapter_name]
+        like = next(iter(rows.values()))
+        row = torch.zeros_like(like) if source is None else rows[source].detach().clone()
+        trains = adapter_name in self.active_adapters and not self.disable_adapters
+        rows[task] = nn.Parameter(row, requires_grad=trains)
+
+    def remove_row(self, adapter_name: str, task: str) -> None:
+        """Drop a task's row."""
+        del self.talora_task[adapter_name][task]
+
+    def rename_row(self, adapter_name: str, old: str, new: str) -> None:
+        """Keep a task's row, the same parameter, under another name."""
+        rows = self.talora_task[adapter_name]
+        rows[new] = rows.pop(old)
+
     def fold(self, adapter_name: str, ids_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Fold scaling, core and task factor into the output factor: s · U C_t for every task, or for those of `ids_N`.
+        """Fold scaling, core and task factor into the output factor: s · U C_t for all tasks, or for those of `ids_N`.
 
         This one contraction serves forward, merging and export. Rows are chosen before they are multiplied: the
         shapes, and with them the last bits, do not depend on how many other tasks there are.
