@@ -278,6 +278,15 @@ class TestRemove:
         with pytest.raises(ValueError, match=saying("Unknown task", removed)):
             model(pixel_values=images, tasks=[removed])
 
+    def test_nothing_is_left_of_it(self, model, images):
+        model(pixel_values=images, labels={"depth": torch.ones(BATCH, 64, 64)})
+        model.remove_task("depth")
+        model.add_task("depth", kind="saliency", channels=2)
+        assert model.task_names == model.peft_config["default"].task_names == ["segmentation", "normals", "depth"]
+        assert model.get_base_model().task("depth").kind == "saliency"
+        for layer in adapted_layers(model):
+            assert not layer.talora_task["default"]["depth"].any()
+
     def test_the_selection_goes_with_its_task(self):
         model = adapt(MLP_2D)
         x = MLP_2D.inputs()

@@ -246,8 +246,9 @@ class TALoRAModel(BaseTuner):
 
         New parameters train if the adapter is active; what was frozen stays frozen. Give them to the optimiser, which
         does not know them, and compile or wrap for several processes afterwards. With `freeze_others`, outputs of the
-        other tasks, asked for by name, stay as they are to the last bit, during training too (from one task to two,
-        where the layer begins to choose rows, to rounding).
+        other tasks, asked for by name without gradients, stay as they are to the last bit, after training too. From
+        one task to two, where the layer begins to choose rows, they stay to rounding; so they do where gradients are
+        recorded, since PyTorch then takes other kernels.
 
         Args:
             name: Of the new task. Where the model has a head of that name (through another adapter), it is used.
