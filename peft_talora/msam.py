@@ -232,7 +232,9 @@ class MSamModel(SamPreTrainedModel):
         index = self._task_index(old)
         entries = [{**entry, "name": new} if i == index else entry for i, entry in enumerate(self.config.tasks)]
         self.config.tasks = task_entries(entries)
-        self.task_heads = nn.ModuleDict({new if name == old else name: h for name, h in self.task_heads.items()})
+        heads = {new if name == old else name: head for name, head in self.task_heads.items()}
+        self.task_heads.clear()
+        self.task_heads.update(heads)
         if old in self.task_objects:
             self.task_objects[new] = replace(self.task_objects.pop(old), name=new)
 

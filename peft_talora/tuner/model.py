@@ -219,8 +219,8 @@ class TALoRAModel(BaseTuner):
         if merge:
             self._check_task_selected(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self.task_state.sync()
         self.task_state.trained_only.clear()
+        self.task_state.sync()
         for entry in self.task_state.entries:
             entry.remove()
         if self.task_state.head_names is not None:
