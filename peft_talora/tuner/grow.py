@@ -82,19 +82,20 @@ def add_task(
     _check_unmerged(state)
     _check_name(name, known, configs)
     source = _find_source(init, known)
-    if state.head_names is not None:
-        _add_head(state, adapter_name, name, head, source)
-        _list_saved_modules(state, configs)
-    elif head != dict.fromkeys(head):
+    if state.head_names is None and head != dict.fromkeys(head):
         raise ValueError(
             f"{type(state.base).__name__} has no task heads: leave out `kind` and `channels`; got {head}."
         )
-    if not shared:
-        layers = _layers_with(state, adapter_name)
-        for layer in layers:
-            layer.add_row(adapter_name, name, source)
-        _set_names(state, configs, adapter_name, [*known, name])
+    layers = [] if shared else _layers_with(state, adapter_name)
+    if layers:
         _warn(layers, adapter_name, len(known) + 1, trains=source is not None and not freeze_others)
+    if state.head_names is not None:
+        _add_head(state, adapter_name, name, head, source)
+        _list_saved_modules(state, configs)
+    for layer in layers:
+        layer.add_row(adapter_name, name, source)
+    if not shared:
+        _set_names(state, configs, adapter_name, [*known, name])
     if freeze_others:
         state.trained_only[adapter_name] = [name]
     elif adapter_name in state.trained_only:
@@ -102,7 +103,7 @@ def add_task(
     state.sync()
 
 
-def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str, adapter_name: str | None) -> None:
+def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str | int, adapter_name: str | None) -> None:
     """See [`TALoRAModel.remove_task`]."""
     adapter_name = find_adapter(state, adapter_name)
     shared, known = _is_shared(state, adapter_name), known_tasks(state, adapter_name)
@@ -125,7 +126,7 @@ def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str, a
 
 
 def rename_task(
-    state: TaskState, configs: dict[str, TALoRAConfig], old: str, new: str, adapter_name: str | None
+    state: TaskState, configs: dict[str, TALoRAConfig], old: str | int, new: str, adapter_name: str | None
 ) -> None:
     """See [`TALoRAModel.rename_task`]."""
     adapter_name = find_adapter(state, adapter_name)

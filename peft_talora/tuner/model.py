@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -231,7 +232,7 @@ class TALoRAModel(BaseTuner):
         self,
         name: str,
         *,
-        kind: str | None = None,
+        kind: Any = None,
         channels: int | None = None,
         init: str = "zero",
         freeze_others: bool = False,
@@ -252,8 +253,8 @@ class TALoRAModel(BaseTuner):
 
         Args:
             name: Of the new task. Where the model has a head of that name (through another adapter), it is used.
-            kind: Of the head, as the base calls it. None is the name. For a base with `task_heads` only.
-            channels: Of the head's output. For a base with `task_heads` only.
+            kind: Of the head, a word or an object that the base knows. None is the name. Only for a base with heads.
+            channels: Of the head's output. Only for a base with heads.
             init: `"zero"`, or `"copy:<task>"`: row and head start as that task's; of another number of channels, every
                 channel starts as that task's first.
             freeze_others: Train nothing but this task, until [`train_only`] says otherwise.
@@ -266,7 +267,7 @@ class TALoRAModel(BaseTuner):
         head = {"kind": kind, "channels": channels}
         grow.add_task(self.task_state, self.peft_config, name, head, init, freeze_others, adapter_name)
 
-    def remove_task(self, name: str, adapter_name: str | None = None) -> None:
+    def remove_task(self, name: str | int, adapter_name: str | None = None) -> None:
         """Remove a task of the adapter (None: the active one): its rows, and its head with the last adapter it has.
 
         Later tasks move up one position. A selection of the task is taken back. An adapter that is left with one task
@@ -279,7 +280,7 @@ class TALoRAModel(BaseTuner):
         if [] in self.task_state.trained_only.values():  # the one task that trained is gone
             self.train_only(None, adapter_name)
 
-    def rename_task(self, old: str, new: str, adapter_name: str | None = None) -> None:
+    def rename_task(self, old: str | int, new: str, adapter_name: str | None = None) -> None:
         """Rename a task of the adapter (None: the active one), and its head, then in all adapters that have it.
 
         Raises:

@@ -183,11 +183,11 @@ class TaskState:
 
     def hold_freeze(self) -> None:
         """Freeze all but the tasks in `trained_only`: PEFT makes everything of an adapter trainable at many places."""
-        held = [name for name in self.active_adapters() if name in self.trained_only]
-        if not held or torch.compiler.is_compiling():
+        if not self.trained_only or torch.compiler.is_compiling():
             return
+        held = [name for name in self.active_adapters() if name in self.trained_only]
         kept = {id(parameter) for name in held for parameter in self._own_parameters(name, self.trained_only[name])}
-        for parameter in self.base.parameters():
+        for parameter in self.base.parameters() if held else ():
             if parameter.requires_grad and id(parameter) not in kept:
                 parameter.requires_grad_(False)
 
