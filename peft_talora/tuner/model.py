@@ -183,9 +183,17 @@ class TALoRAModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
-        self.task_state.task_names.pop(adapter_name, None)
-        self.task_state.selected.pop(adapter_name, None)
         self.task_state.sync()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        # `PeftModel` calls the model within this context. Hooks do not run after an interrupt: what they would have
+        # taken back is taken back here.
+        depth = len(self.task_state.calls)
+        try:
+            yield
+        finally:
+            del self.task_state.calls[depth:]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the selected task; see `BaseTuner.merge_adapter`."""
