@@ -113,7 +113,7 @@ class TALoRALayer(BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable the layer's adapters, see `BaseTunerLayer.enable_adapters`."""
         super().enable_adapters(enabled)
-        if enabled:  # transformers' `enable_adapters` leaves heads and norms out, which its `disable_adapters` disables
+        if enabled:  # transformers' own leaves out the heads and norms, which it had disabled
             for module in self.task_state.base.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.enable_adapters(True)
