@@ -30,6 +30,18 @@ from .tasks import Task, make_task
 __all__ = ["MSamConfig", "MSamModel", "MSamOutput", "MSamTaskHead"]
 
 
+# What transformers notes on a model and its config when it quantises, for savers and tuners to ask.
+_QUANTISER = (
+    "hf_quantizer",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_config",
+    "quantization_method",
+    "_is_quantized",
+)
+
+
 @dataclass
 class MSamOutput(ModelOutput):
     """What `MSamModel.forward` returns; dicts are in the order of the tasks asked for.
@@ -185,9 +197,8 @@ class MSamModel(SamPreTrainedModel):
         config._name_or_path = sam.config._name_or_path
         with torch.device("meta"):
             model = cls(config)
-        # What transformers noted when it loaded the model, such as the quantiser, belongs to the encoder.
         for owner, noted in ((model, vars(sam)), (config, vars(sam.config))):
-            vars(owner).update({name: value for name, value in noted.items() if name not in vars(owner)})
+            vars(owner).update({name: noted[name] for name in _QUANTISER if name in noted})
         model.shared_image_embedding = sam.shared_image_embedding
         model.vision_encoder = sam.vision_encoder
         for head in model.task_heads.values():
