@@ -251,7 +251,7 @@ class MSamModel(SamPreTrainedModel):
             pixel_values = pixel_values[None].expand(len(wanted), *pixel_values.shape).flatten(0, 1)
         condition = {}
         if self.task_conditional:
-            condition["task_ids"] = torch.tensor(row_ids, device=pixel_values.device)
+            condition["task_ids"] = torch.tensor(row_ids)  # on the CPU, where checking the ids waits for no device
         embeddings = self.vision_encoder(pixel_values, **condition)[0]
         if ids is None:
             return dict(zip(wanted, embeddings.chunk(len(wanted)), strict=True))
