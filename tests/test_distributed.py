@@ -1,5 +1,6 @@
 """Two processes: gradients of data parallelism, and sharded models (FSDP1, FSDP2), against one process. float64."""
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -69,6 +70,17 @@ def recompute(model: PeftModel) -> None:
     model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
+def gradients_in_parallel(sam_folder: str, batch: str, recomputed: bool, samples: range) -> dict[str, torch.Tensor]:
+    model = build(sam_folder)
+    if recomputed:
+        recompute(model)
+    parallel = DistributedDataParallel(model, find_unused_parameters=batch == "mixed")
+    for _ in range(2):  # the second pass fails where the first one left the reducer waiting
+        parallel.zero_grad()
+        loss(parallel, batch, samples).backward()
+    return gradients(parallel)
+
+
 def shard(model: PeftModel, sharding: str):
     if sharding == "FSDP1":
         return FullyShardedDataParallel(
@@ -108,19 +120,12 @@ def work(rank: int, sam_folder: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
     samples = range(BATCH)[rank * BATCH // PROCESSES : (rank + 1) * BATCH // PROCESSES]
-    found = {}
-    for batch, recomputed in DATA_PARALLEL:
-        model = build(sam_folder)
-        if recomputed:
-            recompute(model)
-        parallel = DistributedDataParallel(model, find_unused_parameters=batch == "mixed")
-        for _ in range(2):  # the second pass fails where the first one left the reducer waiting
-            parallel.zero_grad()
-            loss(parallel, batch, samples).backward()
-        found[batch, recomputed] = gradients(parallel)
+    found = {key: gradients_in_parallel(sam_folder, *key, samples) for key in DATA_PARALLEL}
     for sharding in SHARDINGS:
         found[sharding] = train_sharded(sam_folder, sharding, samples, Path(folder))
     torch.save(found, f"{folder}/found-{rank}.pt")
+    gc.collect()  # whatever holds the process group must be gone before the group is
+    dist.barrier()
     dist.destroy_process_group()
 
 
