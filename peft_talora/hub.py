@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
@@ -143,19 +150,30 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter: itself, or the downloaded copy of a Hub repository.
 
     Raises:
-        OSError: If it is neither.
+        OSError: If it is neither, or the Hub refuses it; the message says what to do.
     """
     if Path(adapter).is_dir():
         return Path(adapter)
     try:
-        return Path(snapshot_download(str(adapter), revision=revision))
+        with _explained(str(adapter)):
+            return Path(snapshot_download(str(adapter), revision=revision))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(f"{adapter} is no folder, and no repository of the Hub within reach: {error}") from error
 
 
 def load_image_processor(adapter: str | Path, revision: str | None = None) -> SamImageProcessorPil:
-    """The image processor that was saved beside an adapter."""
-    return SamImageProcessorPil.from_pretrained(fetch(adapter, revision))
+    """The image processor that was saved beside an adapter.
+
+    Raises:
+        OSError: If none was saved.
+    """
+    folder = fetch(adapter, revision)
+    if not (folder / PROCESSOR_NAME).is_file():
+        raise OSError(
+            f"{folder / PROCESSOR_NAME} is missing: the adapter was saved without its image processor. Give it as "
+            "`save_adapter(model, folder, image_processor)`, or make one by `make_image_processor(image_size)`."
+        )
+    return SamImageProcessorPil.from_pretrained(folder)
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -172,19 +190,44 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
 
     Raises:
         ValueError: If the base checkpoint is a local folder elsewhere: nobody could load the adapter.
+        OSError: If the Hub refuses, or the connection is lost. All files arrive as one commit or none does, so the
+            call can be repeated.
     """
     base = _read_json(Path(folder) / MSAM_CONFIG_NAME)["base_model_name_or_path"]
     if Path(base).is_absolute():
         raise ValueError(f"The base checkpoint of {folder} is the local folder {base}: put it on the Hub first.")
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=UPLOADED,
-        commit_message="Upload an adapter for mSAM",
-    )
+    with _explained(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=UPLOADED,
+            commit_message="Upload an adapter for mSAM",
+        )
     return commit.commit_url
+
+
+_ADVICE = {
+    401: "the access token is missing or wrong, or there is no such repository; log in by `hf auth login`",
+    403: "the access token does not allow this: it needs the right to read, or to write, this repository",
+    404: "there is no such repository or revision; a private one needs a token that may read it",
+}
+
+
+@contextmanager
+def _explained(repo_id: str):
+    """Turn what goes wrong between here and the Hub into an OSError that names the repository and what to do."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = _ADVICE.get(status, "try again later")
+        raise OSError(f"{repo_id}: the Hub answered {status}: {advice}. It said: {error}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise OSError(
+            f"{repo_id}: the Hub cannot be reached, or the connection was lost; try again: {error}"
+        ) from error
 
 
 def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None = None) -> str:

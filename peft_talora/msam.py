@@ -31,6 +31,18 @@ from .tasks import Task, make_task
 __all__ = ["MSamConfig", "MSamModel", "MSamOutput", "MSamTaskHead"]
 
 
+# What transformers notes on a model and its config when it quantises, for savers and tuners to ask.
+_QUANTISER = (
+    "hf_quantizer",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_config",
+    "quantization_method",
+    "_is_quantized",
+)
+
+
 @dataclass
 class MSamOutput(ModelOutput):
     """What `MSamModel.forward` returns; dicts are in the order of the tasks asked for.
@@ -134,6 +146,9 @@ class MSamModel(SamPreTrainedModel):
         Raises:
             ValueError: for another architecture, missing or contradicting `tasks`, an `image_size` that does not fit.
             OSError: if the checkpoint is missing, truncated or not safetensors.
+
+        A `quantization_config` may quantise the encoder, never the heads, which are trained in full: it must leave out
+        `mask_decoder` of a SAM checkpoint and `task_heads` of a saved mSAM.
         """
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
@@ -151,6 +166,7 @@ class MSamModel(SamPreTrainedModel):
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True gives a tuple
         if model_type != "msam":
             model = cls._from_sam(model, entries, decoder_mode or "channel")
+        _check_not_quantised(model.task_heads, "task_heads")
         for argument, value, saved in (
             ("tasks", entries, model.config.tasks),
             ("decoder_mode", decoder_mode, model.config.decoder_mode),
@@ -169,6 +185,7 @@ class MSamModel(SamPreTrainedModel):
 
     @classmethod
     def _from_sam(cls, sam: SamModel, tasks: list[dict[str, Any]], decoder_mode: str) -> "MSamModel":
+        _check_not_quantised(sam.mask_decoder, "mask_decoder")
         config = MSamConfig(
             tasks=tasks,
             decoder_mode=decoder_mode,
@@ -182,6 +199,8 @@ class MSamModel(SamPreTrainedModel):
         config._name_or_path = sam.config._name_or_path
         with torch.device("meta"):
             model = cls(config)
+        for owner, noted in ((model, vars(sam)), (config, vars(sam.config))):
+            vars(owner).update({name: noted[name] for name in _QUANTISER if name in noted})
         model.shared_image_embedding = sam.shared_image_embedding
         model.vision_encoder = sam.vision_encoder
         for head in model.task_heads.values():
@@ -292,7 +311,7 @@ class MSamModel(SamPreTrainedModel):
             pixel_values = pixel_values[None].expand(len(wanted), *pixel_values.shape).flatten(0, 1)
         condition = {}
         if self.task_conditional:
-            condition["task_ids"] = torch.tensor(row_ids, device=pixel_values.device)
+            condition["task_ids"] = torch.tensor(row_ids)  # on the CPU, where checking the ids waits for no device
         embeddings = self.vision_encoder(pixel_values, **condition)[0]
         if ids is None:
             return dict(zip(wanted, embeddings.chunk(len(wanted)), strict=True))
@@ -386,6 +405,15 @@ class MSamModel(SamPreTrainedModel):
         resized = resize_logits(logits, sizes, self.config.vision_config.image_size, canvas)
         kind = self.config.tasks[self._task_index(name)]["kind"]
         return F.normalize(resized, dim=1) if kind == "normals" else resized
+
+
+def _check_not_quantised(heads: nn.Module, name: str) -> None:
+    if any(type(parameter) is not nn.Parameter for parameter in heads.parameters()):
+        raise ValueError(
+            f"The heads are trained in full, so they cannot be quantised: leave {name!r} out by the quantization "
+            f"config's list of modules not to convert ({name!r} in `modules_to_not_convert` or, for bitsandbytes, "
+            "`llm_int8_skip_modules`)."
+        )
 
 
 def _rows(items: Sequence, item) -> list[int]:

@@ -184,7 +184,7 @@ def test_resuming_with_other_tasks_is_refused(small, trained):
     ("arguments", "message"),
     [
         (["--tasks", "depth", "heat"], "task 'heat': write name=channels or name=kind:channels"),
-        (["--tasks", "depth", "heat=1"], "kind 'heat' of task 'heat' is none of segmentation, depth"),
+        (["--tasks", "depth", "heat=1"], "task 'heat=1': 'heat' is none of the kinds segmentation, depth"),
         (["--task_order", "both"], "`task_order` must be 'folded', 'sequential' or 'auto'; got 'both'"),
         (["--per_device_train_batch_size", "15"], "14 training images do not fill one batch"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr
+from peft.utils import AuxiliaryTrainingWrapper, quantization_extra_repr
 from torch import nn
 
 from .config import QKV_PARTS, TALoRAConfig
@@ -106,6 +106,20 @@ class TALoRALayer(BaseTunerLayer):
                 f"inputs; this layer has {self.out_features} outputs and {self.in_features} inputs."
             )
         return len(qkv_parts) * self.in_features
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the state that the layers share forgets it too, also where transformers deletes it."""
+        super().delete_adapter(adapter_name)
+        self.task_state.forget(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the layer's adapters, see `BaseTunerLayer.enable_adapters`."""
+        super().enable_adapters(enabled)
+        if enabled:  # transformers' own leaves out the heads and norms, which it had disabled
+            for module in self.task_state.base.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(True)
+        self.task_state.tell_base()
 
     @torch.no_grad()
     def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:

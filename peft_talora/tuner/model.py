@@ -199,9 +199,6 @@ class TALoRAModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
-        self.task_state.task_names.pop(adapter_name, None)
-        self.task_state.selected.pop(adapter_name, None)
-        self.task_state.trained_only.pop(adapter_name, None)
         self.task_state.sync()
 
     def add_weighted_adapter(
@@ -240,6 +237,16 @@ class TALoRAModel(BaseTuner):
         """
         ranks = (svd_rank, r_out, r_task)
         return add_weighted(self, adapters, weights, adapter_name, combination_type, ranks, modules_from)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        # `PeftModel` calls the model within this context. Hooks do not run after an interrupt: what they would have
+        # taken back is taken back here.
+        depth = len(self.task_state.calls)
+        try:
+            yield
+        finally:
+            del self.task_state.calls[depth:]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the selected task; see `BaseTuner.merge_adapter`."""
