@@ -1,10 +1,12 @@
 # Two commands: `make train` (trains, evaluates, draws and saves an adapter) and `make test` (the whole suite).
+# `make test-versions` runs the suite with other versions of Python, PEFT and transformers.
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test
+.PHONY: train test test-versions
 train: $(VENV)/installed
 	$(BIN)/accelerate launch recipes/train.py $(ARGS)
 
@@ -13,9 +15,19 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
 
+# Python, and the versions that it gets; an interpreter that is not here is left out, and said so.
+AXES ?= 3.10:constraints-transformers-oldest.txt 3.11:constraints-peft-oldest.txt 3.12:constraints.txt 3.13:constraints.txt
+test-versions:
+	for axis in $(AXES); do \
+	  python=python$${axis%%:*}; \
+	  $$python --version || { echo "LEFT OUT: $$axis, there is no $$python"; continue; }; \
+	  rm -rf .venv-$${axis%%:*}; \
+	  $(MAKE) test VENV=.venv-$${axis%%:*} PYTHON=$$python CONSTRAINTS=$${axis#*:} || exit 1; \
+	done
+
 # PyTorch first and alone, at the exact pin: any later resolution then finds it in place.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --constraint constraints.txt --editable ".[test]"
+	$(PIP) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[test]"
 	touch $@

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator
+from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedModel
 
 from .data import Collator, FolderDataset, SyntheticScenes
 from .losses import IGNORE_INDEX
@@ -140,6 +142,14 @@ def set_threads(args: DataArguments, accelerator: Accelerator) -> None:
     if args.num_threads is None:
         args.num_threads = max(1, (os.cpu_count() or 1) // accelerator.num_processes)
     torch.set_num_threads(args.num_threads)
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the model's blocks in backward, by the name that the installed transformers has for it."""
+    if Version(transformers.__version__) >= Version("5.23"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def resolve_task_order(order: str, device: torch.device) -> TaskOrder:

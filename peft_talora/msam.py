@@ -2,14 +2,14 @@
 
 One image encoder, no prompt encoder, and per task a head of its own (`task_head.py`). Nothing here knows of adapters:
 a tuner meets this model by four names, `task_heads`, `vision_encoder(pixel_values, task_ids=...)`, `task_conditional`
-and `merged_task`.
+and `merged_task`, and adds, removes and renames tasks by `add_task_head`, `remove_task_head` and `rename_task_head`.
 
 Axes: B images, T tasks, N channels of a task, D decoder width, S the encoder's input size, H W pixels of a label,
 h w the encoder's grid. Sizes are (height, width) in pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,64 @@ class MSamModel(SamPreTrainedModel):
         for head in model.task_heads.values():
             head.start_from_sam(sam.mask_decoder, sam.prompt_encoder.no_mask_embed)
         return model.eval()
+
+    def add_task_head(self, name: str, kind: str | Task | None, channels: int | None, start: MSamTaskHead) -> None:
+        """Predict one more task, the last in order, by a new head whose weights start from those of another head.
+
+        Args:
+            name: of the task.
+            kind: one of `KINDS`, a `Task` of your own of that name, or None if the kind is the name.
+            channels: of the logits; None with a `Task`, which knows it.
+            start: where the weights come from, see `MSamTaskHead.start_from`; it need not be a head of this model.
+
+        Raises:
+            ValueError: for a name, kind or channel number that is not allowed, or while a task's update is merged.
+        """
+        self._check_nothing_merged()
+        given = kind if isinstance(kind, Task) else {"name": name, "kind": kind, "channels": channels}
+        entries = task_entries([*self.config.tasks, given])
+        if isinstance(kind, Task):
+            if (kind.name, kind.out_channels) != (name, channels or kind.out_channels):
+                raise ValueError(
+                    f"kind: got the Task {kind.name!r} of {kind.out_channels} channels for {name!r} with "
+                    f"channels={channels}; name and channels must be the Task's own."
+                )
+            self.task_objects[name] = kind
+        else:
+            make_task(**entries[-1])  # refuses a kind that is not known, and channels that do not fit it
+        with torch.device("meta"):
+            head = MSamTaskHead(self.config.mask_decoder_config, entries[-1]["channels"], self.config.decoder_mode)
+        head.start_from(start)
+        self.task_heads[name] = head.train(start.training)
+        self.config.tasks = entries
+
+    def remove_task_head(self, name: str) -> None:
+        """Predict a task no more; later tasks move up. ValueError if it is unknown or the only one, or when merged."""
+        self._check_nothing_merged()
+        index = self._task_index(name)
+        if len(self.task_names) == 1:
+            raise ValueError(f"{name!r} is the only task; a model needs at least one.")
+        del self.task_heads[name]
+        self.task_objects.pop(name, None)
+        self.config.tasks = [entry for i, entry in enumerate(self.config.tasks) if i != index]
+
+    def rename_task_head(self, old: str, new: str) -> None:
+        """Rename a task; its kind and position stay. ValueError for names that are not allowed, or when merged."""
+        self._check_nothing_merged()
+        index = self._task_index(old)
+        entries = [{**entry, "name": new} if i == index else entry for i, entry in enumerate(self.config.tasks)]
+        self.config.tasks = task_entries(entries)
+        heads = {new if name == old else name: head for name, head in self.task_heads.items()}
+        self.task_heads.clear()
+        self.task_heads.update(heads)
+        if old in self.task_objects:
+            self.task_objects[new] = replace(self.task_objects.pop(old), name=new)
+
+    def _check_nothing_merged(self) -> None:
+        if self.merged_task is not None:
+            raise ValueError(
+                f"Tasks cannot change while the update of {self.merged_task!r} is merged into the weights."
+            )
 
     def _task_index(self, task: str | int) -> int:
         names = self.task_names

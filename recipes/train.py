@@ -306,7 +306,7 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
         base, tasks=tasks, decoder_mode=args.decoder_mode, image_size=args.image_size
     )
     if args.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        engine.enable_activation_checkpointing(model)
     config = peft_talora.TALoRAConfig(
         r=args.talora_r,
         r_task=args.talora_r_task,

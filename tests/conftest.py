@@ -6,7 +6,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+import transformers
+from packaging.version import Version
+from transformers import (
+    PreTrainedModel,
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
+
+if Version(transformers.__version__) < Version("5.23"):  # the method's former name
+
+    def _enable(self, activation_checkpointing_kwargs=None):
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    PreTrainedModel.activation_checkpointing_enable = _enable
 
 IMAGE_SIZE = 64
 

@@ -121,8 +121,9 @@ class TALoRAConfig(PeftConfig):
             check_task_names(self.task_names)
         self._check_numbers()
         self._check_choices()
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, name) is not None and isinstance(self.target_modules, str):
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import nn
 
 from .config import QKV_PARTS, TALoRAConfig
 from .fused import can_fuse, fused_linear
+from .quantization import resolve_quantization_backend
 from .task_state import TaskState, task_index
 
 
@@ -121,6 +122,23 @@ class TALoRALayer(BaseTunerLayer):
             nn.init.normal_(core, std=1 / self.r[adapter_name])
         else:
             nn.init.zeros_(core)
+
+    def add_row(self, adapter_name: str, task: str, source: str | None) -> None:
+        """Give a task a row of its own: a copy of the row of `source`, or zero, whose update is exactly zero."""
+        rows = self.talora_task[adapter_name]
+        like = next(iter(rows.values()))
+        row = torch.zeros_like(like) if source is None else rows[source].detach().clone()
+        trains = adapter_name in self.active_adapters and not self.disable_adapters
+        rows[task] = nn.Parameter(row, requires_grad=trains)
+
+    def remove_row(self, adapter_name: str, task: str) -> None:
+        """Drop a task's row."""
+        del self.talora_task[adapter_name][task]
+
+    def rename_row(self, adapter_name: str, old: str, new: str) -> None:
+        """Keep a task's row, the same parameter, under another name."""
+        rows = self.talora_task[adapter_name]
+        rows[new] = rows.pop(old)
 
     def cores(self, adapter_name: str, indices: torch.Tensor) -> torch.Tensor:
         """Contract core and task factor: s · C_t for every task in `indices`.

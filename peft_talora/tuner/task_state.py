@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,6 +48,7 @@ class TaskState:
         task_names: The list of tasks of every adapter.
         selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
             int, so that choosing another task recompiles nothing under `torch.compile`.
+        trained_only: Per adapter the only tasks that train, where `train_only` chose some.
         calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
     """
 
@@ -56,6 +58,7 @@ class TaskState:
         self.head_names = head_names
         self.task_names: dict[str, list[str]] = {}
         self.selected: dict[str, torch.Tensor] = {}
+        self.trained_only: dict[str, list[str]] = {}
         self.calls: list[tuple[object, dict[str, torch.Tensor] | None]] = []
         self.merge_is_ours = False
         self.entries: list[TaskEntry] = []
@@ -172,6 +175,7 @@ class TaskState:
         for layer in self.layers:
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()
+        self.hold_freeze()
         if self.head_names is None:
             return
         self.base.task_conditional = bool(self.multi_task_adapters())
@@ -179,6 +183,32 @@ class TaskState:
         if merged is not None or self.merge_is_ours:
             self.base.merged_task = merged
             self.merge_is_ours = merged is not None
+
+    def active_adapters(self) -> list[str]:
+        """Adapters that are active, be they disabled or merged."""
+        return list(
+            dict.fromkeys(name for layer in self.layers for name in layer.active_adapters if name in layer.talora_core)
+        )
+
+    def hold_freeze(self) -> None:
+        """Freeze all but the tasks in `trained_only`: PEFT makes everything of an adapter trainable at many places."""
+        if not self.trained_only or torch.compiler.is_compiling():
+            return
+        held = [name for name in self.active_adapters() if name in self.trained_only]
+        kept = {id(parameter) for name in held for parameter in self._own_parameters(name, self.trained_only[name])}
+        for parameter in self.base.parameters() if held else ():
+            if parameter.requires_grad and id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+    def _own_parameters(self, adapter_name: str, tasks: Sequence[str]) -> Iterator[nn.Parameter]:
+        """What belongs to some tasks alone: their rows, and the adapter's copies of their heads."""
+        for layer in self.layers:
+            if adapter_name in layer.talora_task:
+                yield from (row for task, row in layer.talora_task[adapter_name].items() if task in tasks)
+        for task in tasks:
+            head = self.base.task_heads[task] if self.head_names is not None and task in self.head_names else None
+            if isinstance(head, ModulesToSaveWrapper) and adapter_name in head.modules_to_save:
+                yield from head.modules_to_save[adapter_name].parameters()
 
     @contextmanager
     def restored(self, selected: dict[str, torch.Tensor], call: dict[str, torch.Tensor] | None):
