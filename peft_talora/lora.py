@@ -30,10 +30,10 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
     """Write one task of a TA-LoRA adapter as a stock LoRA folder, exactly; it loads without this package.
 
     ΔW_t = s · U C_t Vᵀ becomes B A of rank min(r_out, r) with the scaling 1. Of an mSAM the folder is for the encoder
-    of a stock `SamModel` or `SamVisionModel`, and the task's head is written beside it as `head.safetensors`. Modules
-    trained in full and biases go along, as PEFT saves them. Half-precision factors are written in float32, for the
-    products would be rounded. (PEFT's own `convert_to_lora` exports the selected task too, by an SVD of the dense
-    update, but it loses modules made of several, such as heads.)
+    of a stock `SamModel` or `SamVisionModel` (of a `SamHQModel` if that is the base), and the task's head is written
+    beside it as `head.safetensors`. Modules trained in full and biases go along, as PEFT saves them. Half-precision
+    factors are written in float32, for the products would be rounded. (PEFT's own `convert_to_lora` exports the
+    selected task too, by an SVD of the dense update, but it loses modules made of several, such as heads.)
 
     Args:
         model: A `PeftModel` with a TA-LoRA adapter, merged or not.
