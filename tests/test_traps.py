@@ -116,7 +116,7 @@ def test_trap_1_windows_are_folded_sample_major(images):
 
 def test_trap_1_loras_adapter_names_fail(images):
     """Which is why a task is not an adapter here: stock LoRA's names per sample do not survive windows."""
-    model = get_peft_model(make_sam(), LoraConfig(target_modules=["attn.qkv"]))
+    model = get_peft_model(make_sam(), LoraConfig(target_modules=["attn.qkv"])).eval()
     with pytest.raises(ValueError, match="should be the same as the number of inputs, but got 2 and 18"):
         model(pixel_values=images, adapter_names=["default", "__base__"])
 
