@@ -222,7 +222,7 @@ def _explained(repo_id: str):
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        advice = _ADVICE.get(status, "try again later")
+        advice = _ADVICE.get(status, "try again later" if status >= 500 else "the request was refused")
         raise OSError(f"{repo_id}: the Hub answered {status}: {advice}. It said: {error}") from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise OSError(
