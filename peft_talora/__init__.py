@@ -5,13 +5,14 @@ Importing this package registers the PEFT type `TALORA`.
 
 from .data import AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes, make_image_processor
 from .hub import load, load_image_processor, push_to_hub, save_adapter
+from .lora import from_loras, to_lora
 from .losses import IGNORE_INDEX
 from .metrics import delta_m
 from .msam import MSamConfig, MSamModel, MSamOutput
 from .plotting import draw_predictions
 from .small_sam import make_small_sam, save_small_sam
 from .tasks import KINDS, Task, make_task
-from .tuner import TALoRAConfig, TALoRAModel, orthogonality_loss, set_task, use_task
+from .tuner import TALoRAConfig, TALoRAModel, compress, orthogonality_loss, set_task, use_task
 from .version import __version__
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "TALoRAModel",
     "Task",
     "__version__",
+    "compress",
     "delta_m",
     "draw_predictions",
+    "from_loras",
     "load",
     "load_image_processor",
     "make_image_processor",
@@ -41,5 +44,6 @@ __all__ = [
     "save_adapter",
     "save_small_sam",
     "set_task",
+    "to_lora",
     "use_task",
 ]

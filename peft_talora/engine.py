@@ -26,7 +26,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from .data import Collator, FolderDataset, SyntheticScenes
 from .losses import IGNORE_INDEX
 from .metrics import Metric
-from .tasks import Task
+from .tasks import KINDS, Task
 
 TaskOrder = Literal["folded", "sequential"]
 Arguments = TypeVar("Arguments")
@@ -111,7 +111,13 @@ def parse_task(text: str, known: Mapping[str, int]) -> dict[str, Any]:
     channels = channels or str(known.get(name, ""))
     if not channels.isdigit():
         raise ValueError(f"task {text!r}: write name=channels or name=kind:channels, for example segmentation=13.")
-    return {"name": name, "kind": kind or name, "channels": int(channels)}
+    kind = kind or name
+    if kind not in KINDS:
+        raise ValueError(
+            f"task {text!r}: {kind!r} is none of the kinds {', '.join(KINDS)}; for a name of your own write "
+            f"name=kind:channels, for example {name}=segmentation:{channels}."
+        )
+    return {"name": name, "kind": kind, "channels": int(channels)}
 
 
 def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_size: int) -> Dataset:

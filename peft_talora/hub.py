@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
@@ -25,13 +32,14 @@ from .msam import MSamModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PROCESSOR_NAME = "preprocessor_config.json"
 UPLOADED = [
     "README.md",
     "adapter_config.json",
     "base/*",
     MSAM_CONFIG_NAME,
     "predictions.png",
-    "preprocessor_config.json",
+    PROCESSOR_NAME,
     "results.json",
     WEIGHTS_NAME,
 ]
@@ -61,23 +69,26 @@ def save_adapter(
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
                 file.rename(aside / file.name)
-        base_path = _locate(base.config._name_or_path, folder)
+        rebuild = rebuild_config(base, folder)
+        base_path = rebuild["base_model_name_or_path"]
         adapter_config = json.loads((aside / CONFIG_NAME).read_text())
         write_json(aside / CONFIG_NAME, {**adapter_config, "base_model_name_or_path": base_path})
-        write_json(
-            aside / MSAM_CONFIG_NAME,
-            {
-                "base_model_name_or_path": base_path,
-                "decoder_mode": base.config.decoder_mode,
-                "dtype": str(base.dtype).removeprefix("torch."),
-                "image_size": base.config.vision_config.image_size,
-                "tasks": base.config.tasks,
-            },
-        )
+        write_json(aside / MSAM_CONFIG_NAME, rebuild)
         if image_processor is not None:
             image_processor.save_pretrained(aside)
         if card is not None:
             (aside / "README.md").write_text(card)
+
+
+def rebuild_config(base: MSamModel, folder: Path) -> dict[str, Any]:
+    """What `msam_config.json` in `folder` says: all that rebuilds the model around an adapter."""
+    return {
+        "base_model_name_or_path": locate(base.config._name_or_path, folder),
+        "decoder_mode": base.config.decoder_mode,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "image_size": base.config.vision_config.image_size,
+        "tasks": base.config.tasks,
+    }
 
 
 def load(
@@ -139,19 +150,30 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter: itself, or the downloaded copy of a Hub repository.
 
     Raises:
-        OSError: If it is neither.
+        OSError: If it is neither, or the Hub refuses it; the message says what to do.
     """
     if Path(adapter).is_dir():
         return Path(adapter)
     try:
-        return Path(snapshot_download(str(adapter), revision=revision))
+        with _explained(str(adapter)):
+            return Path(snapshot_download(str(adapter), revision=revision))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(f"{adapter} is no folder, and no repository of the Hub within reach: {error}") from error
 
 
 def load_image_processor(adapter: str | Path, revision: str | None = None) -> SamImageProcessorPil:
-    """The image processor that was saved beside an adapter."""
-    return SamImageProcessorPil.from_pretrained(fetch(adapter, revision))
+    """The image processor that was saved beside an adapter.
+
+    Raises:
+        OSError: If none was saved.
+    """
+    folder = fetch(adapter, revision)
+    if not (folder / PROCESSOR_NAME).is_file():
+        raise OSError(
+            f"{folder / PROCESSOR_NAME} is missing: the adapter was saved without its image processor. Give it as "
+            "`save_adapter(model, folder, image_processor)`, or make one by `make_image_processor(image_size)`."
+        )
+    return SamImageProcessorPil.from_pretrained(folder)
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -168,19 +190,44 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
 
     Raises:
         ValueError: If the base checkpoint is a local folder elsewhere: nobody could load the adapter.
+        OSError: If the Hub refuses, or the connection is lost. All files arrive as one commit or none does, so the
+            call can be repeated.
     """
     base = _read_json(Path(folder) / MSAM_CONFIG_NAME)["base_model_name_or_path"]
     if Path(base).is_absolute():
         raise ValueError(f"The base checkpoint of {folder} is the local folder {base}: put it on the Hub first.")
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=UPLOADED,
-        commit_message="Upload an adapter for mSAM",
-    )
+    with _explained(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=UPLOADED,
+            commit_message="Upload an adapter for mSAM",
+        )
     return commit.commit_url
+
+
+_ADVICE = {
+    401: "the access token is missing or wrong, or there is no such repository; log in by `hf auth login`",
+    403: "the access token does not allow this: it needs the right to read, or to write, this repository",
+    404: "there is no such repository or revision; a private one needs a token that may read it",
+}
+
+
+@contextmanager
+def _explained(repo_id: str):
+    """Turn what goes wrong between here and the Hub into an OSError that names the repository and what to do."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = _ADVICE.get(status, "try again later" if status >= 500 else "the request was refused")
+        raise OSError(f"{repo_id}: the Hub answered {status}: {advice}. It said: {error}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise OSError(
+            f"{repo_id}: the Hub cannot be reached, or the connection was lost; try again: {error}"
+        ) from error
 
 
 def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None = None) -> str:
@@ -243,7 +290,7 @@ images/s in training; versions: {", ".join(f"{k} {v}" for k, v in results["versi
 """
 
 
-def _locate(base: str, folder: Path) -> str:
+def locate(base: str, folder: Path) -> str:
     """A base checkpoint as `folder` names it: by its path from there, its full path, or its Hub id."""
     if not base or not Path(base).is_dir():
         return base

@@ -2,14 +2,14 @@
 
 One image encoder, no prompt encoder, and per task a head of its own (`task_head.py`). Nothing here knows of adapters:
 a tuner meets this model by four names, `task_heads`, `vision_encoder(pixel_values, task_ids=...)`, `task_conditional`
-and `merged_task`.
+and `merged_task`, and adds, removes and renames tasks by `add_task_head`, `remove_task_head` and `rename_task_head`.
 
 Axes: B images, T tasks, N channels of a task, D decoder width, S the encoder's input size, H W pixels of a label,
 h w the encoder's grid. Sizes are (height, width) in pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,18 @@ from .task_head import MSamTaskHead
 from .tasks import Task, make_task
 
 __all__ = ["MSamConfig", "MSamModel", "MSamOutput", "MSamTaskHead"]
+
+
+# What transformers notes on a model and its config when it quantises, for savers and tuners to ask.
+_QUANTISER = (
+    "hf_quantizer",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_config",
+    "quantization_method",
+    "_is_quantized",
+)
 
 
 @dataclass
@@ -134,6 +146,9 @@ class MSamModel(SamPreTrainedModel):
         Raises:
             ValueError: for another architecture, missing or contradicting `tasks`, an `image_size` that does not fit.
             OSError: if the checkpoint is missing, truncated or not safetensors.
+
+        A `quantization_config` may quantise the encoder, never the heads, which are trained in full: it must leave out
+        `mask_decoder` of a SAM checkpoint and `task_heads` of a saved mSAM.
         """
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
@@ -151,6 +166,7 @@ class MSamModel(SamPreTrainedModel):
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True gives a tuple
         if model_type != "msam":
             model = cls._from_sam(model, entries, decoder_mode or "channel")
+        _check_not_quantised(model.task_heads, "task_heads")
         for argument, value, saved in (
             ("tasks", entries, model.config.tasks),
             ("decoder_mode", decoder_mode, model.config.decoder_mode),
@@ -169,6 +185,7 @@ class MSamModel(SamPreTrainedModel):
 
     @classmethod
     def _from_sam(cls, sam: SamModel, tasks: list[dict[str, Any]], decoder_mode: str) -> "MSamModel":
+        _check_not_quantised(sam.mask_decoder, "mask_decoder")
         config = MSamConfig(
             tasks=tasks,
             decoder_mode=decoder_mode,
@@ -182,11 +199,71 @@ class MSamModel(SamPreTrainedModel):
         config._name_or_path = sam.config._name_or_path
         with torch.device("meta"):
             model = cls(config)
+        for owner, noted in ((model, vars(sam)), (config, vars(sam.config))):
+            vars(owner).update({name: noted[name] for name in _QUANTISER if name in noted})
         model.shared_image_embedding = sam.shared_image_embedding
         model.vision_encoder = sam.vision_encoder
         for head in model.task_heads.values():
             head.start_from_sam(sam.mask_decoder, sam.prompt_encoder.no_mask_embed)
         return model.eval()
+
+    def add_task_head(self, name: str, kind: str | Task | None, channels: int | None, start: MSamTaskHead) -> None:
+        """Predict one more task, the last in order, by a new head whose weights start from those of another head.
+
+        Args:
+            name: of the task.
+            kind: one of `KINDS`, a `Task` of your own of that name, or None if the kind is the name.
+            channels: of the logits; None with a `Task`, which knows it.
+            start: where the weights come from, see `MSamTaskHead.start_from`; it need not be a head of this model.
+
+        Raises:
+            ValueError: for a name, kind or channel number that is not allowed, or while a task's update is merged.
+        """
+        self._check_nothing_merged()
+        given = kind if isinstance(kind, Task) else {"name": name, "kind": kind, "channels": channels}
+        entries = task_entries([*self.config.tasks, given])
+        if isinstance(kind, Task):
+            if (kind.name, kind.out_channels) != (name, channels or kind.out_channels):
+                raise ValueError(
+                    f"kind: got the Task {kind.name!r} of {kind.out_channels} channels for {name!r} with "
+                    f"channels={channels}; name and channels must be the Task's own."
+                )
+            self.task_objects[name] = kind
+        else:
+            make_task(**entries[-1])  # refuses a kind that is not known, and channels that do not fit it
+        with torch.device("meta"):
+            head = MSamTaskHead(self.config.mask_decoder_config, entries[-1]["channels"], self.config.decoder_mode)
+        head.start_from(start)
+        self.task_heads[name] = head.train(start.training)
+        self.config.tasks = entries
+
+    def remove_task_head(self, name: str) -> None:
+        """Predict a task no more; later tasks move up. ValueError if it is unknown or the only one, or when merged."""
+        self._check_nothing_merged()
+        index = self._task_index(name)
+        if len(self.task_names) == 1:
+            raise ValueError(f"{name!r} is the only task; a model needs at least one.")
+        del self.task_heads[name]
+        self.task_objects.pop(name, None)
+        self.config.tasks = [entry for i, entry in enumerate(self.config.tasks) if i != index]
+
+    def rename_task_head(self, old: str, new: str) -> None:
+        """Rename a task; its kind and position stay. ValueError for names that are not allowed, or when merged."""
+        self._check_nothing_merged()
+        index = self._task_index(old)
+        entries = [{**entry, "name": new} if i == index else entry for i, entry in enumerate(self.config.tasks)]
+        self.config.tasks = task_entries(entries)
+        heads = {new if name == old else name: head for name, head in self.task_heads.items()}
+        self.task_heads.clear()
+        self.task_heads.update(heads)
+        if old in self.task_objects:
+            self.task_objects[new] = replace(self.task_objects.pop(old), name=new)
+
+    def _check_nothing_merged(self) -> None:
+        if self.merged_task is not None:
+            raise ValueError(
+                f"Tasks cannot change while the update of {self.merged_task!r} is merged into the weights."
+            )
 
     def _task_index(self, task: str | int) -> int:
         names = self.task_names
@@ -234,7 +311,7 @@ class MSamModel(SamPreTrainedModel):
             pixel_values = pixel_values[None].expand(len(wanted), *pixel_values.shape).flatten(0, 1)
         condition = {}
         if self.task_conditional:
-            condition["task_ids"] = torch.tensor(row_ids, device=pixel_values.device)
+            condition["task_ids"] = torch.tensor(row_ids)  # on the CPU, where checking the ids waits for no device
         embeddings = self.vision_encoder(pixel_values, **condition)[0]
         if ids is None:
             return dict(zip(wanted, embeddings.chunk(len(wanted)), strict=True))
@@ -328,6 +405,15 @@ class MSamModel(SamPreTrainedModel):
         resized = resize_logits(logits, sizes, self.config.vision_config.image_size, canvas)
         kind = self.config.tasks[self._task_index(name)]["kind"]
         return F.normalize(resized, dim=1) if kind == "normals" else resized
+
+
+def _check_not_quantised(heads: nn.Module, name: str) -> None:
+    if any(type(parameter) is not nn.Parameter for parameter in heads.parameters()):
+        raise ValueError(
+            f"The heads are trained in full, so they cannot be quantised: leave {name!r} out by the quantization "
+            f"config's list of modules not to convert ({name!r} in `modules_to_not_convert` or, for bitsandbytes, "
+            "`llm_int8_skip_modules`)."
+        )
 
 
 def _rows(items: Sequence, item) -> list[int]:

@@ -1,8 +1,9 @@
-"""Pictures of predictions, drawn with Pillow: one row per image; the input, then label and prediction of each task."""
+"""Pictures, drawn with Pillow: of predictions, one row per image with label and prediction of each task; of curves."""
 
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -115,3 +116,48 @@ def _row(tasks: Sequence[Task], sample: Mapping, logits: Mapping[str, torch.Tens
 def _scaled(picture: np.ndarray, height: int) -> Image.Image:
     image = Image.fromarray(picture)
     return image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST)
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], title: str, x_label: str, lowest: float = 1e-4
+) -> Image.Image:
+    """Draw shares of one, in percent, as curves over a logarithmic axis.
+
+    Args:
+        curves: By label, points (x, y) with x from 0 ascending and y in [0, 1].
+        title: Above the picture: what y is.
+        x_label: What x is.
+        lowest: Where the y axis ends, a power of ten; a point below it is drawn there as a circle.
+
+    Returns:
+        The picture, to be saved.
+    """
+    page = Image.new("RGB", (2 * 640, 2 * 360), "white")  # scaled down at the end, so that lines are smooth
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=26)
+    left, right, top, bottom = 150, 1080, 80, 620
+    most = max(x for points in curves.values() for x, _ in points)
+    decades = round(-math.log10(lowest))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * x / most, top + (bottom - top) * -math.log10(max(y, lowest)) / decades
+
+    draw.text((left, 30), title, "black", font)
+    shares = [1.0] + [digit * 10.0**-decade for decade in range(1, decades + 1) for digit in (5, 2, 1)]
+    for share in shares:
+        y = place(0, share)[1]
+        draw.line([(left, y), (right, y)], "#e4e4e4", 2)
+        label = f"{'< ' if share == shares[-1] else ''}{100 * share:g} %"
+        draw.text((left - 14, y), label, "black", font, anchor="rm")
+    step = 10 ** math.floor(math.log10(most))
+    step = step if most / step > 3 else step // 2 or 1
+    for x in range(0, int(most) + 1, step):
+        draw.text((place(x, 1)[0], bottom + 14), str(x), "black", font, anchor="ma")
+    draw.text(((left + right) / 2, bottom + 50), x_label, "black", font, anchor="ma")
+    for (label, points), colour in zip(curves.items(), class_colours(len(curves) + 2)[::-1], strict=False):
+        spots, colour = [place(*point) for point in points], tuple(colour)
+        draw.line(spots, colour, 5, joint="curve")
+        for (x, y), (_, share) in zip(spots, points, strict=True):
+            circle = (x - 8, y - 8, x + 8, y + 8)
+            draw.ellipse(circle, fill=colour if share >= lowest else "white", outline=colour, width=4)
+        draw.text((spots[-1][0] + 20, spots[-1][1]), label, colour, font, anchor="lm")
+    return page.resize((640, 360), Image.Resampling.LANCZOS)

@@ -68,6 +68,7 @@ class MSamTaskHead(nn.Module):
     def __init__(self, config: SamMaskDecoderConfig, channels: int, decoder_mode: str = "channel"):
         super().__init__()
         self.decoder_mode = decoder_mode
+        self.channels = channels
         if decoder_mode == "channel":
             embeddings, tokens, masks = channels, config.num_multimask_outputs + 1, 1
         else:
@@ -87,7 +88,7 @@ class MSamTaskHead(nn.Module):
         Every no-mask embedding starts as SAM's; in mode "token" every mask token and hyper-network as SAM's first.
         """
         start = {f"mask_decoder.{name}": value for name, value in mask_decoder.state_dict().items()}
-        start["no_mask_embed.weight"] = no_mask_embed.weight.expand(self.no_mask_embed.num_embeddings, -1)
+        start["no_mask_embed.weight"] = no_mask_embed.weight[:1].expand(self.no_mask_embed.num_embeddings, -1)
         if self.decoder_mode == "token":
             tokens = self.mask_decoder.mask_tokens.num_embeddings
             start["mask_decoder.mask_tokens.weight"] = mask_decoder.mask_tokens.weight[:1].expand(tokens, -1)
@@ -96,3 +97,11 @@ class MSamTaskHead(nn.Module):
                 start[f"mask_decoder.output_hypernetworks_mlps.{m}.{name}"] = value
         own = {name: start[name].detach().clone(memory_format=torch.contiguous_format) for name in self.state_dict()}
         self.load_state_dict(own, assign=True)
+
+    def start_from(self, head: "MSamTaskHead") -> None:
+        """Copy another head's weights; where the numbers of channels differ, every channel starts as its first."""
+        if self.channels == head.channels:
+            own = {name: value.detach().clone() for name, value in head.state_dict().items()}
+            self.load_state_dict(own, assign=True)
+        else:
+            self.start_from_sam(head.mask_decoder, head.no_mask_embed)

@@ -131,7 +131,12 @@ def main() -> None:
     start(run)
     train(run)
     report(run)
-    run.accelerator.end_training()
+    accelerator = run.accelerator
+    # Data parallelism holds the process group. Freed as its last holder, it would destroy the group while it keeps
+    # Python's lock, for which a thread of the group may be waiting: the process would never end.
+    del run
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def start(run: Run) -> None:

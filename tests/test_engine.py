@@ -127,6 +127,8 @@ def test_tasks_are_parsed():
     for text in ("depth", "depth=", "depth=many", "depth=kind:"):
         with pytest.raises(ValueError, match=f"task '{text}': write name=channels"):
             engine.parse_task(text, {})
+    with pytest.raises(ValueError, match=r"task 'roads=2': 'roads' is none of the kinds .* roads=segmentation:2\."):
+        engine.parse_task("roads=2", {})
 
 
 @dataclass

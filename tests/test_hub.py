@@ -1,20 +1,13 @@
 """An adapter's folder: saved, loaded, moved, damaged, described, and sent through a Hub that is a local server."""
 
-import base64
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 import yaml
+from hub_server import run_python, serve
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -73,16 +66,6 @@ def assert_same_model(found, expected, images):
 
 def files_in(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def run_python(code, *arguments, **environment):
-    """Run code in a fresh process with as many threads as this one has, since last digits hang on them."""
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    env = {name: value for name, value in {**os.environ, **threads, **environment}.items() if value is not None}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 LOAD_ELSEWHERE = """
@@ -328,83 +311,6 @@ def test_the_card_lists_a_base_of_the_hub_only(name, listed, sam_folder):
     assert header.get("base_model") == (name if listed else None)
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the Hub as one repository needs; its files are kept in `server.files`."""
-
-    REPOSITORY, SHA = "user/name", "a" * 40
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, content, status=200, head=False, **headers):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if not head:
-            self.wfile.write(body)
-
-    def refuse(self, code):
-        self.answer({"error": code}, status=404, X_Error_Code=code)
-
-    def do_POST(self):
-        path = urlsplit(self.path).path
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        address = f"http://{self.headers['Host']}/{self.REPOSITORY}"
-        if path == "/api/repos/create":
-            self.server.created = json.loads(body)
-            self.answer({"url": address})
-        elif path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif path.startswith(f"/api/models/{self.REPOSITORY}/preupload/"):
-            names = [file["path"] for file in json.loads(body)["files"]]
-            self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
-        elif path.startswith(f"/api/models/{self.REPOSITORY}/commit/"):
-            for line in filter(None, body.split(b"\n")):
-                item = json.loads(line)
-                if item["key"] == "file":
-                    self.server.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-            self.answer({"success": True, "commitOid": self.SHA, "commitUrl": f"{address}/commit/{self.SHA}"})
-        else:
-            self.refuse("RepoNotFound")
-
-    def do_GET(self, head=False):
-        path, files = unquote(urlsplit(self.path).path), self.server.files
-        api, resolve = f"/api/models/{self.REPOSITORY}", f"/{self.REPOSITORY}/resolve/"
-        if path.startswith(f"{api}/tree/"):
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": f"{hash(c):x}"} for n, c in files.items()]
-            self.answer(tree, head=head)
-        elif path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": name} for name in files]
-            self.answer({"id": self.REPOSITORY, "sha": self.SHA, "siblings": siblings}, head=head)
-        elif path.startswith(resolve):
-            name = path.removeprefix(resolve).split("/", 1)[1]
-            if name in files:
-                self.answer(files[name], head=head, ETag=f'"{hash(files[name]):x}"', X_Repo_Commit=self.SHA)
-            else:
-                self.refuse("EntryNotFound")
-        else:
-            self.refuse("RepoNotFound")
-
-    def do_HEAD(self):
-        self.do_GET(head=True)
-
-
-@contextmanager
-def serve():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.files, server.created = {}, None
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 PUSH_AND_LOAD = """
 import sys, torch, peft_talora
 folder, images, output = sys.argv[1:]
@@ -437,19 +343,15 @@ def test_pushed_to_the_hub_and_loaded_from_there(sam_folder, images, tmp_path):
             folder,
             tmp_path / "images.pt",
             tmp_path / "loaded.pt",
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-            HF_HUB_DISABLE_XET="1",
-            HF_TOKEN="hf_dummy",
-            HF_HOME=str(tmp_path / "home"),
-            HF_HUB_OFFLINE=None,
-            NO_PROXY="127.0.0.1",
+            **server.environment(tmp_path / "home"),
         )
-    assert server.created["name"] == "name"
-    assert server.created["visibility"] == "private"
+    (repository,) = server.repositories.values()
+    assert repository.created["name"] == "name"
+    assert repository.created["visibility"] == "private"
     base = {f"base/{name}" for name in files_in(sam_folder)}
-    assert set(server.files) - {".gitattributes"} == SAVED | base | {"preprocessor_config.json"}
-    assert server.files["README.md"].decode() == card
-    assert output.split() == [f"http://127.0.0.1:{server.server_port}/user/name/commit/{FakeHub.SHA}", "absent"]
+    assert set(repository.files) - {".gitattributes"} == SAVED | base | {"preprocessor_config.json"}
+    assert repository.files["README.md"].decode() == card
+    assert output.split() == [f"{server.url}/user/name/commit/{repository.commit_id}", "absent"]
     loaded = torch.load(tmp_path / "loaded.pt")
     assert loaded["size"] == 64
     assert_same_tensors(loaded["logits"], predict(model, images))

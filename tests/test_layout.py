@@ -25,6 +25,8 @@ ALLOWED = {
     "version": set(),
     "files": set(),
     "hub": {"files", "msam", "tuner"},
+    "lora_folder": {"files", "hub"},
+    "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "metrics", "tasks"},
     "checkpoint": {"files", "hub"},
 }

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peft_talora import draw_predictions, make_task
-from peft_talora.plotting import class_colours, paint
+from peft_talora.plotting import class_colours, draw_curves, paint
 
 TASKS = [make_task("segmentation", 4), make_task("depth", 1), make_task("normals", 3), make_task("edges", 1)]
 
@@ -55,3 +55,14 @@ def test_a_wall_seen_head_on_is_blue_as_normal_maps_are():
     normals = torch.tensor([0.0, 0.0, -1.0])[:, None, None].expand(3, 2, 2)
     picture = paint(TASKS[2], normals, torch.ones(2, 2, dtype=torch.bool), (0.0, 1.0))
     assert picture[0, 0].tolist() == [127, 127, 255]
+
+
+def test_curves_run_from_the_upper_left_to_where_the_axis_ends():
+    falling = [(1, 0.5), (4, 0.01), (8, 0.0)]
+    page = np.asarray(draw_curves({"falling": falling, "flat": [(1, 0.5), (8, 0.5)]}, "Error", "rank")).astype(int)
+    assert page.shape == (360, 640, 3)
+    first, second = class_colours(4)[::-1][:2].astype(int)
+    places = [np.argwhere(np.abs(page[:, :540] - colour).sum(-1) < 40) for colour in (first, second)]
+    assert np.ptp(places[1][:, 0]) < 12, "a flat curve is flat"
+    assert places[0][:, 0].max() - places[1][:, 0].max() > 200, "the other ends at the bottom"
+    assert places[0][places[0][:, 0].argmax(), 1] > 520, "on the right"

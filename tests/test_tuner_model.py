@@ -159,6 +159,11 @@ class TestTargets:
         assert (second.r["default"], second.r_out["default"]) == (4, 4)
         assert second.talora_core["default"].shape == (4, 4, 2)
 
+    def test_rank_pattern_sets_each_rank_by_a_list(self):
+        model = adapt(MLP_2D, r=4, r_out=3, rank_pattern={"lin1": [4, 2]})
+        ranks = [(layer.r["default"], layer.r_out["default"]) for layer in adapted_layers(model)]
+        assert ranks == [(4, 3), (4, 2)]
+
     def test_alpha_pattern_and_scaling(self):
         model = adapt(MLP_2D, r=4, alpha=8.0, alpha_pattern={"lin1": 2.0})
         assert [layer.scaling["default"] for layer in adapted_layers(model)] == [2.0, 0.5]

@@ -27,6 +27,8 @@ def _add_peft_type(name: str) -> None:
 _add_peft_type("TALORA")
 
 from .config import TALoRAConfig  # noqa: E402  (the config's type must exist first)
+from .convert import compress  # noqa: E402
+from .grow import TaskAffinity  # noqa: E402
 from .layer import Linear, TALoRALayer  # noqa: E402
 from .model import TALoRAModel, set_task, use_task  # noqa: E402
 from .orthogonality import orthogonality_loss  # noqa: E402
@@ -34,4 +36,14 @@ from .orthogonality import orthogonality_loss  # noqa: E402
 if PeftType.TALORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="talora", config_cls=TALoRAConfig, model_cls=TALoRAModel)
 
-__all__ = ["Linear", "TALoRAConfig", "TALoRALayer", "TALoRAModel", "orthogonality_loss", "set_task", "use_task"]
+__all__ = [
+    "Linear",
+    "TALoRAConfig",
+    "TALoRALayer",
+    "TALoRAModel",
+    "TaskAffinity",
+    "compress",
+    "orthogonality_loss",
+    "set_task",
+    "use_task",
+]

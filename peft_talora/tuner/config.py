@@ -64,7 +64,8 @@ class TALoRAConfig(PeftConfig):
         exclude_modules: Layers not to adapt: names or a regular expression.
         layers_to_transform: Indices of the blocks to adapt; `target_modules` must then be a list.
         layers_pattern: Name of the block list, used with `layers_to_transform`.
-        rank_pattern: Ranks of single layers, by name or regular expression; sets `r` and `r_out` of that layer.
+        rank_pattern: Ranks of single layers, by name or regular expression: a number sets `r` and `r_out` of that
+            layer, a list `[r, r_out]` each of them.
         alpha_pattern: The same for `alpha`.
         modules_to_save: Modules trained in full and saved with the adapter. None takes the model's `task_heads`; a
             list is taken as it is, so name the heads in it as well (`"task_heads.depth"`).
@@ -97,7 +98,9 @@ class TALoRAConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers not to adapt."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of single layers."})
+    rank_pattern: dict[str, int | list[int]] = field(
+        default_factory=dict, metadata={"help": "Ranks of single layers."}
+    )
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas of single layers."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved. None: the model's task heads."}
@@ -127,7 +130,9 @@ class TALoRAConfig(PeftConfig):
     def _check_numbers(self) -> None:
         ranks = {name: getattr(self, name) for name in ("r", "r_out", "r_task")}
         ranks = {name: value for name, value in ranks.items() if value is not None or name == "r"}
-        ranks.update({f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()})
+        for key, value in self.rank_pattern.items():
+            pair = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+            ranks.update({f"rank_pattern[{key!r}]{'[1]' * i}": rank for i, rank in enumerate(pair)})
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")

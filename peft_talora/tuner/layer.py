@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr
+from peft.utils import AuxiliaryTrainingWrapper, quantization_extra_repr
 from torch import nn
 
 from .compatibility import resolve_quantization_backend
@@ -107,6 +107,20 @@ class TALoRALayer(BaseTunerLayer):
             )
         return len(qkv_parts) * self.in_features
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the state that the layers share forgets it too, also where transformers deletes it."""
+        super().delete_adapter(adapter_name)
+        self.task_state.forget(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the layer's adapters, see `BaseTunerLayer.enable_adapters`."""
+        super().enable_adapters(enabled)
+        if enabled:  # transformers' own leaves out the heads and norms, which it had disabled
+            for module in self.task_state.base.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(True)
+        self.task_state.tell_base()
+
     @torch.no_grad()
     def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
         """Draw the factors anew and set the core to zero; see `TALoRAConfig.init_weights`."""
@@ -122,6 +136,23 @@ class TALoRALayer(BaseTunerLayer):
             nn.init.normal_(core, std=1 / self.r[adapter_name])
         else:
             nn.init.zeros_(core)
+
+    def add_row(self, adapter_name: str, task: str, source: str | None) -> None:
+        """Give a task a row of its own: a copy of the row of `source`, or zero, whose update is exactly zero."""
+        rows = self.talora_task[adapter_name]
+        like = next(iter(rows.values()))
+        row = torch.zeros_like(like) if source is None else rows[source].detach().clone()
+        trains = adapter_name in self.active_adapters and not self.disable_adapters
+        rows[task] = nn.Parameter(row, requires_grad=trains)
+
+    def remove_row(self, adapter_name: str, task: str) -> None:
+        """Drop a task's row."""
+        del self.talora_task[adapter_name][task]
+
+    def rename_row(self, adapter_name: str, old: str, new: str) -> None:
+        """Keep a task's row, the same parameter, under another name."""
+        rows = self.talora_task[adapter_name]
+        rows[new] = rows.pop(old)
 
     def cores(self, adapter_name: str, indices: torch.Tensor) -> torch.Tensor:
         """Contract core and task factor: s · C_t for every task in `indices`.

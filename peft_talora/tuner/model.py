@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -12,11 +13,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import grow
 from .compatibility import check_bias, resolve_quantization_backend
 from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
+from .convert import add_weighted
 from .families import BLOCK_NORMS, DEFAULT_TARGETS, NOT_BY_SAMPLE
 from .layer import Linear, TALoRALayer
 from .task_state import TaskEntry, TaskState
+from .tucker import RelativeErrors
 
 # PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
 _PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
@@ -34,6 +38,10 @@ class TALoRAModel(BaseTuner):
     3. The tuner sets `task_conditional`: True while an active, enabled, unmerged adapter has more than one task.
     4. On merging, the tuner sets the base's `merged_task` to the name of the merged task, and to None on unmerging;
        the base refuses other tasks while it is set.
+    5. To grow and shrink, the tuner calls the base's `add_task_head(name, kind, channels, start)`, which puts a head
+       that starts from the weights of the head `start` last into `task_heads`, `remove_task_head(name)` and
+       `rename_task_head(old, new)`; they check before they change anything, and keep the base's own config in step.
+       A head has `start_from(head)`, which takes over the weights of another.
 
     Args:
         model: The model to adapt.
@@ -146,9 +154,9 @@ class TALoRAModel(BaseTuner):
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         ranks = peft_config.rank_pattern
-        single = ranks.get(get_pattern_key(ranks.keys(), current_key))
-        r = single or peft_config.r
-        r_out = single or peft_config.r_out or r
+        usual = [peft_config.r, peft_config.r_out or peft_config.r]
+        single = ranks.get(get_pattern_key(ranks.keys(), current_key), usual)
+        r, r_out = [single, single] if isinstance(single, int) else single
         alphas = peft_config.alpha_pattern
         alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.alpha)
         update = {
@@ -184,12 +192,62 @@ class TALoRAModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.task_state.sync()
 
+    def enable_adapter_layers(self) -> None:
+        """Enable all adapters; see `BaseTuner.enable_adapter_layers`."""
+        super().enable_adapter_layers()
+        self.task_state.hold_freeze()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
-        self.task_state.task_names.pop(adapter_name, None)
-        self.task_state.selected.pop(adapter_name, None)
         self.task_state.sync()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        r_out: int | None = None,
+        r_task: int | None = None,
+        modules_from: str | None = None,
+    ) -> RelativeErrors:
+        """Add an adapter whose update is the weighted sum of others, task by task. It is not active yet.
+
+        Args:
+            adapters: Names of adapters with the same tasks in the same order; ranks, scalings, layers and
+                `qkv_parts` may differ.
+            weights: One per adapter, of any sign.
+            adapter_name: Name of the new adapter.
+            combination_type: `"cat"` is exact: factors lie side by side, so ranks add up, though never beyond the
+                layer's size or the number of tasks. `"svd"` cuts that to the given ranks by the truncated
+                higher-order SVD. LoRA's other types combine factors, which has no meaning for these.
+            svd_rank: Rank of the input factor for `"svd"`. None means the largest of the adapters.
+            r_out: The same for the output factor. None means `svd_rank`, or else the largest of the adapters.
+            r_task: The same for the task factor. None means the largest of the adapters.
+            modules_from: The adapter whose modules trained in full (heads, norms) the new one gets a copy of. None
+                takes them where they are, which needs adapters that trained the same module to have equal copies.
+
+        Returns:
+            The relative error per layer and overall.
+
+        Raises:
+            ValueError: For adapters that are unknown or have different tasks, a name that is taken, an unknown
+                combination type, or modules that differ.
+        """
+        ranks = (svd_rank, r_out, r_task)
+        return add_weighted(self, adapters, weights, adapter_name, combination_type, ranks, modules_from)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        # `PeftModel` calls the model within this context. Hooks do not run after an interrupt: what they would have
+        # taken back is taken back here.
+        depth = len(self.task_state.calls)
+        try:
+            yield
+        finally:
+            del self.task_state.calls[depth:]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the selected task; see `BaseTuner.merge_adapter`."""
@@ -212,12 +270,91 @@ class TALoRAModel(BaseTuner):
         if merge:
             self._check_task_selected(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self.task_state.trained_only.clear()
         self.task_state.sync()
         for entry in self.task_state.entries:
             entry.remove()
         if self.task_state.head_names is not None:
             model.task_conditional = False
         return model
+
+    def add_task(
+        self,
+        name: str,
+        *,
+        kind: Any = None,
+        channels: int | None = None,
+        init: str = "zero",
+        freeze_others: bool = False,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Give a trained adapter one more task, the last in order: a row in every layer and, with heads, a head.
+
+        The new row mixes the slices of the core that are there: its update lies in their span, and `r_task` stays.
+        A zero row is an update of exactly zero. The head's original, as of all heads, is a copy of the first head's
+        original, every channel as its first: SAM's decoder, unless the base was saved with trained heads. An adapter
+        of one task that serves several heads gets a head and no row, since it has one update for all.
+
+        New parameters train if the adapter is active; what was frozen stays frozen. Give them to the optimiser, which
+        does not know them, and compile or wrap for several processes afterwards. With `freeze_others`, outputs of the
+        other tasks, asked for by name without gradients, stay as they are to the last bit, after training too. From
+        one task to two, where the layer begins to choose rows, they stay to rounding; so they do where gradients are
+        recorded, since PyTorch then takes other kernels.
+
+        Args:
+            name: Of the new task. Where the model has a head of that name (through another adapter), it is used.
+            kind: Of the head, a word or an object that the base knows. None is the name. Only for a base with heads.
+            channels: Of the head's output. Only for a base with heads.
+            init: `"zero"`, or `"copy:<task>"`: row and head start as that task's; of another number of channels, every
+                channel starts as that task's first.
+            freeze_others: Train nothing but this task, until [`train_only`] says otherwise.
+            adapter_name: The adapter; None means the active one.
+
+        Raises:
+            ValueError: For a name, kind, number of channels or `init` that is not allowed, and while merged. Nothing
+                has changed then.
+        """
+        head = {"kind": kind, "channels": channels}
+        grow.add_task(self.task_state, self.peft_config, name, head, init, freeze_others, adapter_name)
+
+    def remove_task(self, name: str | int, adapter_name: str | None = None) -> None:
+        """Remove a task of the adapter (None: the active one): its rows, and its head with the last adapter it has.
+
+        Later tasks move up one position. A selection of the task is taken back. An adapter that is left with one task
+        is, like every adapter of one task, shared by all heads that the model still has.
+
+        Raises:
+            ValueError: For an unknown task, the only task, and while merged.
+        """
+        grow.remove_task(self.task_state, self.peft_config, name, adapter_name)
+        if [] in self.task_state.trained_only.values():  # the one task that trained is gone
+            self.train_only(None, adapter_name)
+
+    def rename_task(self, old: str | int, new: str, adapter_name: str | None = None) -> None:
+        """Rename a task of the adapter (None: the active one), and its head, then in all adapters that have it.
+
+        Raises:
+            ValueError: For an unknown task, a name that is not allowed or taken, and while merged.
+        """
+        grow.rename_task(self.task_state, self.peft_config, old, new, adapter_name)
+
+    def train_only(self, tasks: str | list[str] | None, adapter_name: str | None = None) -> None:
+        """Train only what belongs to some tasks alone, their rows and heads, while the adapter is active.
+
+        This holds whatever PEFT makes trainable later (`set_adapter`, `disable_adapter`, another adapter), until the
+        next call; None ends it. It is not saved with the adapter.
+
+        Raises:
+            ValueError: For an unknown task, and while merged.
+        """
+        grow.choose_trained(self.task_state, tasks, adapter_name)
+        self.set_adapter(self.active_adapter)
+        self._mark_only_adapters_as_trainable(self.model)
+        self.task_state.hold_freeze()
+
+    def task_affinity(self, adapter_name: str | None = None) -> grow.TaskAffinity:
+        """Cosines between the tasks' rows and between their updates, per layer and overall; see [`TaskAffinity`]."""
+        return grow.task_affinity(self.task_state, adapter_name)
 
     def _check_task_selected(self, adapter_names: list[str] | None) -> None:
         """Before the first layer is merged, so that nothing is half merged."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,6 +48,7 @@ class TaskState:
         task_names: The list of tasks of every adapter.
         selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
             int, so that choosing another task recompiles nothing under `torch.compile`.
+        trained_only: Per adapter the only tasks that train, where `train_only` chose some.
         calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
     """
 
@@ -56,6 +58,7 @@ class TaskState:
         self.head_names = head_names
         self.task_names: dict[str, list[str]] = {}
         self.selected: dict[str, torch.Tensor] = {}
+        self.trained_only: dict[str, list[str]] = {}
         self.calls: list[tuple[object, dict[str, torch.Tensor] | None]] = []
         self.merge_is_ours = False
         self.entries: list[TaskEntry] = []
@@ -136,8 +139,12 @@ class TaskState:
                     return self.task_names[adapter_name][index]
         return None
 
-    def resolve(self, task_ids: TaskIds, batch_size: int | None) -> dict[str, torch.Tensor]:
-        """Turn the `task_ids` of a call into indices into the tasks of each adapter in use. Checks them all."""
+    def resolve(self, task_ids: TaskIds, batch_size: int | None, check_values: bool) -> dict[str, torch.Tensor]:
+        """Turn the `task_ids` of a call into indices into the tasks of each adapter in use.
+
+        Checks them all, but for the values of a tensor where `check_values` is False: reading those waits for the
+        device, so it is done once, where a call first gets its ids.
+        """
         if isinstance(task_ids, (str, int)) or (isinstance(task_ids, torch.Tensor) and task_ids.ndim != 1):
             raise ValueError(f"`task_ids` must hold one task per sample, in one dimension; got {task_ids!r}.")
         if isinstance(task_ids, torch.Tensor) and task_ids.dtype not in (torch.int32, torch.int64):
@@ -148,18 +155,21 @@ class TaskState:
             raise ValueError(
                 f"`task_ids` has {len(task_ids)} entries for a batch of {batch_size}: give one per sample."
             )
-        return {adapter_name: self._indices(adapter_name, task_ids) for adapter_name in self.adapters_in_use()}
+        values: Sequence[int | str] = ()
+        if not isinstance(task_ids, torch.Tensor):
+            values = task_ids
+        elif check_values and not torch.compiler.is_compiling():  # reading them would break a compiled graph
+            values = task_ids.unique().tolist()
+        return {adapter_name: self._indices(adapter_name, task_ids, values) for adapter_name in self.adapters_in_use()}
 
-    def _indices(self, adapter_name: str, task_ids: TaskIds) -> torch.Tensor:
+    def _indices(self, adapter_name: str, task_ids: TaskIds, values: Sequence[int | str]) -> torch.Tensor:
         own = self.task_names[adapter_name]
         known = self.head_names or own
+        given = [task_index(task, known) for task in values]
         if not isinstance(task_ids, torch.Tensor):
-            given = task_ids = [task_index(task, known) for task in task_ids]
-        else:  # reading a tensor's values would break a compiled graph
-            given = [] if torch.compiler.is_compiling() else task_ids.unique().tolist()
-        for index in dict.fromkeys(given):
-            task_index(index, known)
-            if len(own) > 1:
+            task_ids = given
+        if len(own) > 1:
+            for index in dict.fromkeys(given):
                 task_index(known[index], own)
         ids = torch.as_tensor(task_ids, device=self.layers[0].weight.device)
         if known == own or len(own) == 1:
@@ -167,11 +177,22 @@ class TaskState:
         table = torch.tensor([own.index(name) if name in own else -1 for name in known], device=ids.device)
         return table[ids]
 
+    def forget(self, adapter_name: str) -> None:
+        """Forget an adapter that was deleted."""
+        self.task_names.pop(adapter_name, None)
+        self.selected.pop(adapter_name, None)
+        self.trained_only.pop(adapter_name, None)
+
     def sync(self) -> None:
-        """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
+        """Unmerge what is disabled, and tell the base model what it must know."""
         for layer in self.layers:
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()
+        self.hold_freeze()
+        self.tell_base()
+
+    def tell_base(self) -> None:
+        """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
         if self.head_names is None:
             return
         self.base.task_conditional = bool(self.multi_task_adapters())
@@ -179,6 +200,32 @@ class TaskState:
         if merged is not None or self.merge_is_ours:
             self.base.merged_task = merged
             self.merge_is_ours = merged is not None
+
+    def active_adapters(self) -> list[str]:
+        """Adapters that are active, be they disabled or merged."""
+        return list(
+            dict.fromkeys(name for layer in self.layers for name in layer.active_adapters if name in layer.talora_core)
+        )
+
+    def hold_freeze(self) -> None:
+        """Freeze all but the tasks in `trained_only`: PEFT makes everything of an adapter trainable at many places."""
+        if not self.trained_only or torch.compiler.is_compiling():
+            return
+        held = [name for name in self.active_adapters() if name in self.trained_only]
+        kept = {id(parameter) for name in held for parameter in self._own_parameters(name, self.trained_only[name])}
+        for parameter in self.base.parameters() if held else ():
+            if parameter.requires_grad and id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+    def _own_parameters(self, adapter_name: str, tasks: Sequence[str]) -> Iterator[nn.Parameter]:
+        """What belongs to some tasks alone: their rows, and the adapter's copies of their heads."""
+        for layer in self.layers:
+            if adapter_name in layer.talora_task:
+                yield from (row for task, row in layer.talora_task[adapter_name].items() if task in tasks)
+        for task in tasks:
+            head = self.base.task_heads[task] if self.head_names is not None and task in self.head_names else None
+            if isinstance(head, ModulesToSaveWrapper) and adapter_name in head.modules_to_save:
+                yield from head.modules_to_save[adapter_name].parameters()
 
     @contextmanager
     def restored(self, selected: dict[str, torch.Tensor], call: dict[str, torch.Tensor] | None):
@@ -247,8 +294,8 @@ class TaskEntry:
     def enter(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: check `task_ids` and hand them to the layers."""
         state = self.state
-        if self.is_base:
-            state.calls.clear()  # the outermost call: whatever an interrupt left behind is void
+        if self.is_base or any(entry is self for entry, _ in state.calls):
+            state.calls.clear()  # nothing runs inside itself: what is there was left behind by an interrupt
         inherited = state.calls[-1][1] if state.calls else None
         state.calls.append((self, inherited))
         if self.is_base:
@@ -260,7 +307,7 @@ class TaskEntry:
                     f"`task_ids` was given while the task {state.merged_task()!r} is merged into the weights; "
                     "call `unmerge_adapter` first, or leave `task_ids` out."
                 )
-            ids = state.resolve(kwargs["task_ids"], _batch_size(module, args, kwargs))
+            ids = state.resolve(kwargs["task_ids"], _batch_size(module, args, kwargs), check_values=inherited is None)
             state.calls[-1] = (self, ids)
         elif self.is_base:
             kwargs = self._with_selected_task(args, kwargs)
