@@ -48,8 +48,11 @@ def finish(process):
     try:
         output, _ = process.communicate(timeout=240)
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.terminate()  # torchrun ends its workers then, which a kill of the group would not reach
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
         raise
     return process.returncode, output
 
