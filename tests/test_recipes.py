@@ -316,3 +316,22 @@ def test_two_processes_learn_the_same_in_both_orders(by_two):
     assert sequential["before"]["depth"] == pytest.approx(folded["before"]["depth"], rel=1e-4)
     for one, other in zip(sequential["history"], folded["history"], strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
+
+
+def test_speed_is_measured_of_equal_results_and_figures_of_before_stay(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # else the recipe starts itself anew with it
+    sizes = [f"--num_threads={torch.get_num_threads()}"]
+    sizes += [f"--{name}=32" for name in ("image_size", "inference_image_size", "layer_image_size")]
+    for figure in ("P2", "P7", "P9"):
+        arguments = ["--only", figure, "--output", tmp_path / "speed.json", "--num_layers", 1, "--rounds", 1, *sizes]
+        monkeypatch.setattr(sys, "argv", ["benchmark_speed.py", *map(str, arguments)])
+        runpy.run_path(str(RECIPES / "benchmark_speed.py"), run_name="__main__")
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert list(figures) == ["P2", "P7", "P9"]
+    for figure in figures.values():
+        assert figure.keys() >= {"value", "range", "goal", "setup"}
+        assert figure["range"][0] <= figure["value"] <= figure["range"][1]
+    assert figures["P9"]["value"] == pytest.approx(
+        (16 * (768 + 2304) + 16 * 16 * 4 + 4 * 4) / (4 * 16 * (768 + 2304)), abs=1e-4
+    )
+    assert "P2: " in capsys.readouterr().out
