@@ -454,6 +454,41 @@ class TestUseTask:
         with pytest.raises(ValueError, match="'second'"):
             model(x)
 
+    def test_what_is_restored_is_a_task_not_a_position(self):
+        model, x = adapt(MLP_2D), MLP_2D.inputs()
+        model.set_task("edges")
+        expected = model(x)
+        with use_task(model, "normals"):
+            model.remove_task("depth")
+            model.rename_task("edges", "borders")
+        assert torch.equal(model(x), expected)
+        with use_task(model, "normals"), use_task(model, "normals"):
+            model.remove_task("borders")
+            model.add_task("borders", init="copy:normals")
+        with pytest.raises(ValueError, match="none is selected"):
+            model(x)
+
+    def test_an_adapter_that_was_replaced_has_no_choice(self):
+        model, x = adapt(MLP_2D), MLP_2D.inputs()
+        model.add_adapter("second", config_for(MLP_2D))
+        model.set_task("edges", "second")
+        with use_task(model, "depth"):
+            model.delete_adapter("second")
+            model.add_adapter("second", config_for(MLP_2D))
+        model.set_adapter("second")
+        with pytest.raises(ValueError, match="none is selected"):
+            model(x)
+
+    def test_a_merged_model_is_unmerged(self):
+        model, x = adapt(MLP_2D), MLP_2D.inputs()
+        model.set_task("depth")
+        expected = model(x)
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="Unmerging the model first"), use_task(model, "edges"):
+            assert_visibly_different(model(x), expected)
+        assert_close(model(x), expected)
+        assert not any(layer.merged for layer in adapted_layers(model))
+
 
 class Heads(nn.Module):
     """A base model with a head per task, as the contract of `TALoRAModel` has it."""

@@ -249,9 +249,10 @@ def _set_names(state: TaskState, configs: dict[str, TALoRAConfig], adapter_name:
 
 
 def _drop_from_selection(state: TaskState, adapter_name: str, index: int) -> None:
-    selected = state.selected.pop(adapter_name, None)
-    if selected is not None and int(selected) != index:
-        state.selected[adapter_name] = selected - int(int(selected) > index)
+    for choice in (state.selected, *state.suspended):
+        selected = choice.pop(adapter_name, None)
+        if selected is not None and int(selected) != index:
+            choice[adapter_name] = selected - int(int(selected) > index)
 
 
 def _add_head(state: TaskState, adapter_name: str, name: str, arguments: dict[str, Any], source: str | None) -> None:

@@ -389,14 +389,21 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
 
 @contextmanager
 def use_task(model: nn.Module, task: str | int | None, adapter_name: str | None = None):
-    """A context in which `task` is chosen; the choice before it is restored at its end. See [`set_task`]."""
+    """A context in which `task` is chosen; the choice before it is restored at its end. See [`set_task`].
+
+    A choice of an adapter or a task that is gone by then is not restored. A merged model is unmerged, with a warning,
+    and stays so.
+    """
     layers = _layers(model)
-    before = dict(layers[0].task_state.selected) if layers else {}
-    set_task(model, task, adapter_name)
+    suspended = layers[0].task_state.suspended if layers else []
+    suspended.append(dict(layers[0].task_state.selected) if layers else {})
     try:
+        set_task(model, task, adapter_name)
         yield model
     finally:
-        layers[0].task_state.selected = before
+        before = suspended.pop()
+        if layers:
+            layers[0].task_state.selected = before
 
 
 def _layers(model: nn.Module) -> list[TALoRALayer]:

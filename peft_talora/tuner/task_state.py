@@ -48,6 +48,7 @@ class TaskState:
         task_names: The list of tasks of every adapter.
         selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
             int, so that choosing another task recompiles nothing under `torch.compile`.
+        suspended: The choices that running `use_task` contexts restore at their ends, outermost first.
         trained_only: Per adapter the only tasks that train, where `train_only` chose some.
         calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
     """
@@ -58,6 +59,7 @@ class TaskState:
         self.head_names = head_names
         self.task_names: dict[str, list[str]] = {}
         self.selected: dict[str, torch.Tensor] = {}
+        self.suspended: list[dict[str, torch.Tensor]] = []
         self.trained_only: dict[str, list[str]] = {}
         self.calls: list[tuple[object, dict[str, torch.Tensor] | None]] = []
         self.merge_is_ours = False
@@ -180,7 +182,8 @@ class TaskState:
     def forget(self, adapter_name: str) -> None:
         """Forget an adapter that was deleted."""
         self.task_names.pop(adapter_name, None)
-        self.selected.pop(adapter_name, None)
+        for choice in (self.selected, *self.suspended):
+            choice.pop(adapter_name, None)
         self.trained_only.pop(adapter_name, None)
 
     def sync(self) -> None:
