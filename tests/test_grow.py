@@ -394,6 +394,19 @@ class TestSave:
         expected = logits_of(loaded, images, left)
         assert_equal_logits(logits_of(load(tmp_path), images, left), expected)
 
+    def test_parameters_come_back_in_the_same_order(self, model, images, tmp_path):
+        """An optimiser's saved state knows parameters by their positions."""
+        model.add_task("angles", kind="normals", channels=3)  # sorts before the others
+        model.rename_task("depth", "range")
+        model.remove_task("segmentation")
+        model.add_task("segmentation", channels=2)
+        save_adapter(model, tmp_path)
+        loaded = load(tmp_path, is_trainable=True)
+        assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert_equal_logits(
+            logits_of(loaded.eval(), images, ["angles", "range"]), logits_of(model, images, ["angles", "range"])
+        )
+
     def test_bare_suffixes_in_modules_to_save(self, sam_folder, images, tmp_path):
         """A user's own short names, which would match other heads, or none, after a change."""
         model = make_model(sam_folder, modules_to_save=["depth", "normals", "segmentation", "neck"])

@@ -143,7 +143,7 @@ class TALoRALayer(BaseTunerLayer):
         like = next(iter(rows.values()))
         row = torch.zeros_like(like) if source is None else rows[source].detach().clone()
         trains = adapter_name in self.active_adapters and not self.disable_adapters
-        rows[task] = nn.Parameter(row, requires_grad=trains)
+        _replace_rows(rows, {**rows, task: nn.Parameter(row, requires_grad=trains)})
 
     def remove_row(self, adapter_name: str, task: str) -> None:
         """Drop a task's row."""
@@ -152,7 +152,7 @@ class TALoRALayer(BaseTunerLayer):
     def rename_row(self, adapter_name: str, old: str, new: str) -> None:
         """Keep a task's row, the same parameter, under another name."""
         rows = self.talora_task[adapter_name]
-        rows[new] = rows.pop(old)
+        _replace_rows(rows, {new if task == old else task: row for task, row in rows.items()})
 
     def cores(self, adapter_name: str, indices: torch.Tensor) -> torch.Tensor:
         """Contract core and task factor: s · C_t for every task in `indices`.
@@ -207,6 +207,12 @@ class TALoRALayer(BaseTunerLayer):
         if task is None:
             return self.task_state.selected_index(adapter_name)
         return task_index(task, self.task_state.task_names[adapter_name])
+
+
+def _replace_rows(rows: nn.ParameterDict, tasks: dict[str, nn.Parameter]) -> None:
+    """In the order that a new adapter's rows have (sorted by name), so that an optimiser's saved state fits them."""
+    rows.clear()
+    rows.update(tasks)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
