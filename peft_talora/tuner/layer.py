@@ -60,7 +60,6 @@ class TALoRALayer(BaseTunerLayer):
         self.talora_core = nn.ParameterDict()
         self.talora_task = nn.ModuleDict()
         self.task_state = task_state
-        task_state.layers.append(self)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.merged_tasks: dict[str, int] = {}
@@ -229,6 +228,7 @@ class Linear(nn.Module, TALoRALayer):
         TALoRALayer.__init__(self, base_layer, task_state, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **update)
+        task_state.layers.append(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output, plus the update of each row's task: (N · windows, ..., D_in) → (..., D_out)."""

@@ -22,6 +22,8 @@ from .layer import Linear, TALoRALayer
 from .task_state import TaskEntry, TaskState
 from .tucker import RelativeErrors
 
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
 # PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
 _PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
 
@@ -59,9 +61,34 @@ class TALoRAModel(BaseTuner):
         self._check_adapter_name(model, adapter_name)
         layers = _layers(model)
         self.task_state = layers[0].task_state if layers else TaskState(model, _head_names(model))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        wrapped = {id(module) for module in model.modules() if isinstance(module, _WRAPPERS)}
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_back(model, adapter_name, wrapped)
+            for parameter, requires_grad in trained.items():
+                parameter.requires_grad_(requires_grad)
+            raise
         self._hook(model)
         self.task_state.sync()
+
+    def _take_back(self, model: nn.Module, adapter_name: str, wrapped: set[int]) -> None:
+        """Undo an injection that failed: new wrappers give way to what they wrap, the others lose the adapter."""
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, _WRAPPERS):
+                continue
+            if id(module) not in wrapped:
+                inner = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, inner)
+            elif isinstance(module, TALoRALayer):
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, module.active_adapters)
+        self.task_state.layers = _layers(model)
+        self.task_state.forget(adapter_name)
+        self.peft_config.pop(adapter_name, None)
 
     def _hook(self, model: nn.Module) -> None:
         entries = self.task_state.entries
@@ -76,7 +103,7 @@ class TALoRAModel(BaseTuner):
     def _check_adapter_name(self, model: nn.Module, adapter_name: str) -> None:
         """Refuse names with which PEFT's state dict keys would mistake other parameters for the adapter's."""
         named = [*model.named_modules(), *model.named_parameters()]
-        wrapped = [name for name, m in named if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        wrapped = [name for name, m in named if isinstance(m, _WRAPPERS)]
         components = {
             part
             for name, _ in named
