@@ -508,6 +508,31 @@ class TestSeveralAdapters:
             assert "task_heads.range" in two.peft_config[adapter].modules_to_save
             assert list(two(pixel_values=images).logits) == ["segmentation", "range", "normals"]
 
+    def test_one_task_is_left_beside_another_adapter(self, two, images):
+        expected = logits_of(two, images, ["depth", "normals"])["depth alone"]
+        two.remove_task("segmentation")
+        two.remove_task("normals")
+        assert list(two(pixel_values=images).logits) == ["depth"]
+        assert_close(two(pixel_values=images).logits["depth"], expected)
+        with pytest.raises(ValueError, match=saying("Unknown task 'normals'", "['depth']")):
+            two(pixel_values=images, tasks=["normals"])
+        two.add_task("normals")
+        assert two.peft_config["default"].task_names == ["depth", "normals"]
+        assert list(two(pixel_values=images).logits) == ["depth", "normals"]
+        two.add_adapter("shared", TALoRAConfig(task_names=["everything"], modules_to_save=[]))
+        for call in (lambda: two.add_task("everything", channels=1), lambda: two.rename_task("depth", "everything")):
+            with pytest.raises(ValueError, match=saying("Duplicate", "everything")):
+                call()
+
+    def test_a_head_more_makes_no_adapter_shared(self, sam_folder, images):
+        base = MSamModel.from_pretrained(sam_folder, tasks={"depth": 1})
+        model = get_peft_model(base, TALoRAConfig(r=4, r_task=2, init_weights=False)).eval()
+        model.add_adapter("second", TALoRAConfig(r=4, r_task=2, init_weights=False))
+        assert not base.task_conditional
+        model.add_task("normals", channels=3)
+        model.set_adapter("second")
+        assert list(model(pixel_values=images).logits) == ["depth"]
+
     def test_without_heads_the_lists_are_independent(self):
         model = adapt(MLP_2D)
         model.add_adapter("second", config_for(MLP_2D))

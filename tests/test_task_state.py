@@ -583,6 +583,34 @@ class TestHeads:
             with pytest.raises(ValueError, match=saying("'normals'", "['edges', 'depth']")):
                 model(images, task_ids=ids)
 
+    def test_an_adapter_of_one_head_serves_it_alone(self, images):
+        model = adapt_heads(task_names=["depth"], alpha=64)
+        outputs = model(images)
+        assert list(outputs) == list(model(images, tasks=None)) == ["depth"]
+        assert_close(model(images, task_ids=["depth"] * BATCH), outputs["depth"])
+        for call in ({"tasks": ["normals"]}, {"tasks": ["depth", "normals"]}, {"task_ids": ["depth", "normals"]}):
+            with pytest.raises(ValueError, match=saying("'normals'", "['depth']")):
+                model(images, **call)
+        with model.disable_adapter():
+            base = model(images)
+        assert list(base) == ["normals", "depth", "edges"]
+        assert_visibly_different(base["depth"], outputs["depth"])
+        model.merge_adapter()
+        assert model.get_base_model().merged_task == "depth"
+        assert_close(model(images)["depth"], outputs["depth"])
+        with pytest.raises(ValueError, match="only depth"):
+            model(images, tasks=["normals"])
+
+    def test_no_tasks_means_those_that_are_served(self, images):
+        model = adapt_heads(task_names=["edges", "normals"])
+        assert list(model(images)) == ["normals", "edges"]  # in the order of the heads
+        model.add_adapter("second", TALoRAConfig(task_names=["edges", "depth"], target_modules=["proj"]))
+        model.add_adapter("third", TALoRAConfig(task_names=["all"], target_modules=["lin1"], modules_to_save=[]))
+        model.set_adapter("third")
+        assert list(model(images)) == ["normals", "depth", "edges"]
+        model.base_model.set_adapter(["default", "third"])
+        assert list(model(images)) == ["normals", "edges"]
+
     def test_chosen_task_is_what_no_tasks_means(self, images):
         model = adapt_heads()
         expected = model(images)

@@ -43,7 +43,8 @@ class TALoRAConfig(PeftConfig):
 
     Args:
         task_names: The tasks, in the order in which an index means them. None takes the model's `task_heads`, or else
-            the one task `"main"`, which needs no selecting. An adapter of one task is shared by all heads.
+            the one task `"main"`, which needs no selecting. An adapter of one task whose name is that of no head is
+            shared by all heads; any other serves the heads of its own tasks and no others.
         r: Rank of the input factor, and of the output factor unless `r_out` says otherwise.
         r_out: Rank of the output factor. None means `r`.
         r_task: Rank of the task factor. None means the number of tasks up to four, else 4. With `r_task` equal to the

@@ -1,8 +1,8 @@
 """Growing: tasks are added to an adapter, removed and renamed; and what the tasks of an adapter have in common.
 
 A task is a row in every adapted layer and, on a base with `task_heads`, a head, of which PEFT's `ModulesToSaveWrapper`
-holds a copy per adapter. An adapter of one task that serves several heads has one update for all of them, so there a
-task is a head alone. Everything is checked before anything is changed.
+holds a copy per adapter. An adapter that all heads share (its one task is called as none of them) has one update
+for all of them, so there a task is a head alone. Everything is checked before anything is changed.
 
 Axes: L layers, T tasks, K rank of the task factor, O R ranks of the output and the input factor.
 """
@@ -61,12 +61,6 @@ def find_adapter(state: TaskState, adapter_name: str | None) -> str:
     return adapter_name
 
 
-def known_tasks(state: TaskState, adapter_name: str) -> list[str]:
-    """The tasks that an adapter serves: its own or, if it is shared by several heads, those of the heads."""
-    own = state.task_names[adapter_name]
-    return state.head_names if _is_shared(state, adapter_name) else own
-
-
 def add_task(
     state: TaskState,
     configs: dict[str, TALoRAConfig],
@@ -78,9 +72,9 @@ def add_task(
 ) -> None:
     """See [`TALoRAModel.add_task`]; `head` holds the arguments that only a head needs."""
     adapter_name = find_adapter(state, adapter_name)
-    shared, known = _is_shared(state, adapter_name), known_tasks(state, adapter_name)
+    shared, known = state.is_shared(adapter_name), state.served(adapter_name)
     _check_unmerged(state)
-    _check_name(name, known, configs)
+    _check_name(name, [*known, *_shared_names(state, known)], configs)
     source = _find_source(init, known)
     if state.head_names is None and head != dict.fromkeys(head):
         raise ValueError(
@@ -106,7 +100,7 @@ def add_task(
 def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str | int, adapter_name: str | None) -> None:
     """See [`TALoRAModel.remove_task`]."""
     adapter_name = find_adapter(state, adapter_name)
-    shared, known = _is_shared(state, adapter_name), known_tasks(state, adapter_name)
+    shared, known = state.is_shared(adapter_name), state.served(adapter_name)
     _check_unmerged(state)
     index = task_index(name, known)
     name = known[index]
@@ -135,7 +129,10 @@ def rename_task(
     known = list(dict.fromkeys([*heads, *state.task_names[adapter_name]]))
     old = known[task_index(old, known)]
     renamed = [n for n, own in state.task_names.items() if old in own and (n == adapter_name or old in heads)]
-    for taken in (heads, *(state.task_names[name] for name in renamed)):
+    for taken in (
+        [*heads, *(_shared_names(state, heads) if old in heads else [])],
+        *(state.task_names[name] for name in renamed),
+    ):
         _check_name(new, taken, configs)
     if old in heads:
         state.base.rename_task_head(old, new)
@@ -154,7 +151,7 @@ def choose_trained(state: TaskState, tasks: str | list[str] | None, adapter_name
     """See [`TALoRAModel.train_only`]."""
     adapter_name = find_adapter(state, adapter_name)
     _check_unmerged(state)
-    known = known_tasks(state, adapter_name)
+    known = state.served(adapter_name)
     indices = [task_index(task, known) for task in ([tasks] if isinstance(tasks, str) else tasks or [])]
     if tasks is not None and not indices:
         raise ValueError(f"`tasks` is empty; name some of {known}, or give None to train the whole adapter.")
@@ -202,11 +199,6 @@ def _cosines(inner_TT: torch.Tensor) -> torch.Tensor:
     return (inner_TT / (norms_T[..., None] * norms_T[..., None, :])).clamp(-1, 1)
 
 
-def _is_shared(state: TaskState, adapter_name: str) -> bool:
-    own = state.task_names[adapter_name]
-    return state.head_names is not None and len(own) == 1 and own != state.head_names
-
-
 def _layers_with(state: TaskState, adapter_name: str) -> list[TALoRALayer]:
     return [layer for layer in state.layers if adapter_name in layer.talora_core]
 
@@ -221,6 +213,12 @@ def _check_name(name: str, taken: list[str], configs: dict[str, TALoRAConfig]) -
     check_task_names([*taken, name])
     if name in configs:
         raise ValueError(f"Task name {name!r} is not allowed: an adapter has this name.")
+
+
+def _shared_names(state: TaskState, known: list[str]) -> list[str]:
+    """Names that no head may get: those of the adapters that all heads share tell that they do."""
+    own = {state.task_names[name][0] for name in state.task_names if state.is_shared(name)}
+    return sorted(own - set(known))
 
 
 def _find_source(init: str, known: list[str]) -> str | None:
@@ -281,12 +279,12 @@ def _add_head(state: TaskState, adapter_name: str, name: str, arguments: dict[st
 
 def _remove_head(state: TaskState, adapter_name: str, name: str) -> None:
     """The head goes with the last adapter that serves it; until then, only the adapter's copy of it."""
-    others = [other for other in state.task_names if other != adapter_name and name in known_tasks(state, other)]
+    others = [other for other in state.task_names if other != adapter_name and name in state.served(other)]
     head = state.base.task_heads[name]
     if not others:
         state.base.remove_task_head(name)
         state.head_names.remove(name)
-    elif _is_shared(state, adapter_name):
+    elif state.is_shared(adapter_name):
         raise ValueError(f"The head of {name!r} cannot be removed: adapters {others} serve it too.")
     elif isinstance(head, ModulesToSaveWrapper):
         head.delete_adapter(adapter_name, [other for other in head.active_adapters if other != adapter_name])

@@ -37,7 +37,8 @@ class TALoRAModel(BaseTuner):
        `modules_to_save` where the config leaves them None.
     2. The base calls the sub-model that holds the adapted layers as `vision_encoder(pixel_values, task_ids=ids)` only
        while its own attribute `task_conditional` is True, which is False by default.
-    3. The tuner sets `task_conditional`: True while an active, enabled, unmerged adapter has more than one task.
+    3. The tuner sets `task_conditional`: True while an active, enabled, unmerged adapter has more than one task, or
+       the task of one head among several. `tasks=None` reaches the base as the tasks that such an adapter serves.
     4. On merging, the tuner sets the base's `merged_task` to the name of the merged task, and to None on unmerging;
        the base refuses other tasks while it is set.
     5. To grow and shrink, the tuner calls the base's `add_task_head(name, kind, channels, start)`, which puts a head
@@ -320,7 +321,7 @@ class TALoRAModel(BaseTuner):
         The new row mixes the slices of the core that are there: its update lies in their span, and `r_task` stays.
         A zero row is an update of exactly zero. The head's original, as of all heads, is a copy of the first head's
         original, every channel as its first: SAM's decoder, unless the base was saved with trained heads. An adapter
-        of one task that serves several heads gets a head and no row, since it has one update for all.
+        that all heads share gets a head and no row, since it has one update for all.
 
         New parameters train if the adapter is active; what was frozen stays frozen. Give them to the optimiser, which
         does not know them, and compile or wrap for several processes afterwards. With `freeze_others`, outputs of the
@@ -348,7 +349,7 @@ class TALoRAModel(BaseTuner):
         """Remove a task of the adapter (None: the active one): its rows, and its head with the last adapter it has.
 
         Later tasks move up one position. A selection of the task is taken back. An adapter that is left with one task
-        is, like every adapter of one task, shared by all heads that the model still has.
+        serves that task alone, whatever heads the model has for other adapters.
 
         Raises:
             ValueError: For an unknown task, the only task, and while merged.

@@ -101,6 +101,15 @@ class TaskState:
             "`exclude_modules`, or choose one task for all samples by `set_task`."
         )
 
+    def is_shared(self, adapter_name: str) -> bool:
+        """Whether the adapter has one update for all heads: one task, whose name is none of theirs."""
+        own = self.task_names[adapter_name]
+        return bool(self.head_names) and len(own) == 1 and own[0] not in self.head_names
+
+    def served(self, adapter_name: str) -> list[str]:
+        """The tasks that an adapter serves: its own, or those of all heads if they share it."""
+        return self.head_names if self.is_shared(adapter_name) else self.task_names[adapter_name]
+
     def select(self, adapter_names: Sequence[str], task: str | int | None) -> None:
         """Make a lasting choice for every adapter named, or for none if one does not know it; None takes it back."""
         for name in adapter_names:
@@ -129,15 +138,16 @@ class TaskState:
                 names.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.talora_core))
         return list(names)
 
-    def multi_task_adapters(self) -> list[str]:
-        """Those of them that have several tasks."""
-        return [name for name in self.adapters_in_use() if len(self.task_names[name]) > 1]
+    def depends_on_task(self, adapter_name: str) -> bool:
+        """Whether it matters for an adapter which task is asked for: it has several, or serves some heads only."""
+        own = self.task_names[adapter_name]
+        return len(own) > 1 or self.served(adapter_name) != (self.head_names or own)
 
     def merged_task(self) -> str | None:
-        """The task that is merged into the base weights, None if none is or the merged adapter has one task only."""
+        """The task that is merged into the base weights, None if none is or one update serves all heads."""
         for layer in self.layers:
             for adapter_name, index in layer.merged_tasks.items():
-                if len(self.task_names[adapter_name]) > 1:
+                if self.depends_on_task(adapter_name):
                     return self.task_names[adapter_name][index]
         return None
 
@@ -170,7 +180,7 @@ class TaskState:
         given = [task_index(task, known) for task in values]
         if not isinstance(task_ids, torch.Tensor):
             task_ids = given
-        if len(own) > 1:
+        if not self.is_shared(adapter_name):
             for index in dict.fromkeys(given):
                 task_index(known[index], own)
         ids = torch.as_tensor(task_ids, device=self.layers[0].weight.device)
@@ -198,7 +208,7 @@ class TaskState:
         """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
         if self.head_names is None:
             return
-        self.base.task_conditional = bool(self.multi_task_adapters())
+        self.base.task_conditional = any(self.depends_on_task(name) for name in self.adapters_in_use())
         merged = self.merged_task()
         if merged is not None or self.merge_is_ours:
             self.base.merged_task = merged
@@ -313,7 +323,7 @@ class TaskEntry:
             ids = state.resolve(kwargs["task_ids"], _batch_size(module, args, kwargs), check_values=inherited is None)
             state.calls[-1] = (self, ids)
         elif self.is_base:
-            kwargs = self._with_selected_task(args, kwargs)
+            kwargs = self._with_tasks(args, kwargs)
         if "task_ids" not in self.parameters:
             kwargs = {name: value for name, value in kwargs.items() if name != "task_ids"}
         return args, kwargs
@@ -329,17 +339,19 @@ class TaskEntry:
             if function is not None and not isinstance(function, TaskCheckpoint):
                 block._gradient_checkpointing_func = TaskCheckpoint(function, self.state)
 
-    def _with_selected_task(self, args: tuple, kwargs: dict) -> dict:
-        """For a base whose forward takes `tasks`: a lasting choice is what `tasks=None` means."""
-        if "tasks" not in self.parameters or kwargs.get("tasks") is not None:
-            return kwargs
-        if len(args) > self.parameters.index("tasks") or not self.state.selected:
-            return kwargs
+    def _with_tasks(self, args: tuple, kwargs: dict) -> dict:
+        """For a base with heads whose forward takes `tasks`: None means what is chosen, or else what is served."""
         state = self.state
-        chosen = [name for name in state.multi_task_adapters() if name in state.selected]
-        tasks = {state.task_names[name][state.selected_index(name)] for name in chosen}
-        tasks = (tasks | {state.merged_task()}) - {None}
-        return {**kwargs, "tasks": sorted(tasks)} if tasks else kwargs
+        if "tasks" not in self.parameters or kwargs.get("tasks") is not None or not state.head_names:
+            return kwargs
+        if len(args) > self.parameters.index("tasks"):
+            return kwargs
+        adapters = [name for name in state.adapters_in_use() if state.depends_on_task(name)]
+        chosen = {state.task_names[name][state.selected_index(name)] for name in adapters if name in state.selected}
+        chosen |= {state.merged_task()} - {None}
+        served = set(state.head_names).intersection(*(state.served(name) for name in adapters))
+        tasks = [name for name in state.head_names if name in (chosen or served)]
+        return kwargs if tasks in ([], state.head_names) else {**kwargs, "tasks": tasks}
 
 
 def _batch_size(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
