@@ -89,7 +89,6 @@ class TALoRAModel(BaseTuner):
                 module.delete_adapter(adapter_name, module.active_adapters)
         self.task_state.layers = _layers(model)
         self.task_state.forget(adapter_name)
-        self.peft_config.pop(adapter_name, None)
 
     def _hook(self, model: nn.Module) -> None:
         entries = self.task_state.entries
