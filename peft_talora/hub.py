@@ -7,7 +7,7 @@ the heads, which an adapter alone cannot), and, where known, the image processor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import SamImageProcessorPil
 
 from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
+from .tuner import TALoRAModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -69,7 +70,7 @@ def save_adapter(
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
                 file.rename(aside / file.name)
-        rebuild = rebuild_config(base, folder)
+        rebuild = rebuild_config(base, folder, _heads_of(model, adapter))
         base_path = rebuild["base_model_name_or_path"]
         adapter_config = json.loads((aside / CONFIG_NAME).read_text())
         write_json(aside / CONFIG_NAME, {**adapter_config, "base_model_name_or_path": base_path})
@@ -80,15 +81,23 @@ def save_adapter(
             (aside / "README.md").write_text(card)
 
 
-def rebuild_config(base: MSamModel, folder: Path) -> dict[str, Any]:
-    """What `msam_config.json` in `folder` says: all that rebuilds the model around an adapter."""
+def rebuild_config(base: MSamModel, folder: Path, heads: Collection[str] | None = None) -> dict[str, Any]:
+    """What `msam_config.json` in `folder` says: all that rebuilds the model around an adapter with these heads."""
     return {
         "base_model_name_or_path": locate(base.config._name_or_path, folder),
         "decoder_mode": base.config.decoder_mode,
         "dtype": str(base.dtype).removeprefix("torch."),
         "image_size": base.config.vision_config.image_size,
-        "tasks": base.config.tasks,
+        "tasks": [entry for entry in base.config.tasks if heads is None or entry["name"] in heads],
     }
+
+
+def _heads_of(model: PeftModel, adapter: str) -> set[str]:
+    """The heads that an adapter serves or has weights of; others may be there for other adapters alone."""
+    heads, tuner = model.get_base_model().task_heads, model.base_model
+    served = tuner.task_state.served(adapter) if isinstance(tuner, TALoRAModel) else heads
+    wrapped = {name: head for name, head in heads.items() if isinstance(head, ModulesToSaveWrapper)}
+    return {*served, *(name for name, head in wrapped.items() if adapter in head.modules_to_save)}
 
 
 def load(

@@ -508,6 +508,38 @@ class TestSeveralAdapters:
             assert "task_heads.range" in two.peft_config[adapter].modules_to_save
             assert list(two(pixel_values=images).logits) == ["segmentation", "range", "normals"]
 
+    def test_a_head_of_another_adapter_alone(self, two, images, tmp_path):
+        two.add_task("edges", channels=1)
+        two.rename_task("edges", "borders")
+        two.set_adapter("second")
+        assert list(two(pixel_values=images).logits) == OLD
+        expected = logits_of(two, images, OLD)
+        save_adapter(two, tmp_path)
+        assert load(tmp_path).get_base_model().task_names == OLD
+        assert_equal_logits(logits_of(load(tmp_path), images, OLD), expected)
+        two.delete_adapter("default")
+        assert two.get_base_model().task_names == two.base_model.task_state.head_names == OLD
+        assert_equal_logits(logits_of(two, images, OLD), expected)
+        with two.disable_adapter():
+            assert list(two(pixel_values=images).logits) == OLD
+
+    def test_heads_that_growing_did_not_make_stay(self, two):
+        two.add_task("edges", channels=1)
+        two.add_task("edges", adapter_name="second")
+        two.remove_task("depth", adapter_name="second")
+        two.set_adapter("second")
+        two.delete_adapter("default")
+        assert two.get_base_model().task_names == [*OLD, "edges"]
+
+    def test_an_adapter_of_some_heads_comes_back(self, sam_folder, images, tmp_path):
+        model = make_model(sam_folder, task_names=["depth", "segmentation"])
+        assert model.peft_config["default"].modules_to_save == ["task_heads.segmentation", "task_heads.depth"]
+        assert list(model(pixel_values=images).logits) == ["segmentation", "depth"]
+        save_adapter(model, tmp_path)
+        loaded, tasks = load(tmp_path), ["depth", "segmentation"]
+        assert list(loaded(pixel_values=images).logits) == ["segmentation", "depth"]
+        assert_equal_logits(logits_of(loaded, images, tasks), logits_of(model, images, tasks))
+
     def test_one_task_is_left_beside_another_adapter(self, two, images):
         expected = logits_of(two, images, ["depth", "normals"])["depth alone"]
         two.remove_task("segmentation")

@@ -68,8 +68,8 @@ class TALoRAConfig(PeftConfig):
         rank_pattern: Ranks of single layers, by name or regular expression: a number sets `r` and `r_out` of that
             layer, a list `[r, r_out]` each of them.
         alpha_pattern: The same for `alpha`.
-        modules_to_save: Modules trained in full and saved with the adapter. None takes the model's `task_heads`; a
-            list is taken as it is, so name the heads in it as well (`"task_heads.depth"`).
+        modules_to_save: Modules trained in full and saved with the adapter. None takes the heads that the adapter
+            serves; a list is taken as it is, so name the heads in it as well (`"task_heads.depth"`).
         bias: Which biases are trained: `"none"`, `"all"` or `"talora_only"`.
 
     Raises:

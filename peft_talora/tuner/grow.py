@@ -137,6 +137,7 @@ def rename_task(
     if old in heads:
         state.base.rename_task_head(old, new)
         state.head_names[heads.index(old)] = new
+        state.grown_heads = {new if name == old else name for name in state.grown_heads}
         _list_saved_modules(state, configs)
     for name in renamed:
         for layer in _layers_with(state, name):
@@ -145,6 +146,17 @@ def rename_task(
     for name in state.trained_only if old in heads else renamed:
         tasks = state.trained_only.get(name, [])
         tasks[:] = [new if task == old else task for task in tasks]
+
+
+def drop_unserved_heads(state: TaskState, configs: dict[str, TALoRAConfig]) -> None:
+    """Drop the heads that growing made and that no adapter serves any more; while merged, heads stay."""
+    served = {task for name in state.task_names for task in state.served(name)}
+    unserved = [name for name in state.head_names or [] if name in state.grown_heads - served]
+    if not unserved or any(layer.merged for layer in state.layers):
+        return
+    for name in unserved:
+        _drop_head(state, name)
+    _list_saved_modules(state, configs)
 
 
 def choose_trained(state: TaskState, tasks: str | list[str] | None, adapter_name: str | None) -> None:
@@ -261,6 +273,7 @@ def _add_head(state: TaskState, adapter_name: str, name: str, arguments: dict[st
     if name not in heads:
         state.base.add_task_head(name, start=original, **arguments)
         state.head_names.append(name)
+        state.grown_heads.add(name)
     elif arguments != dict.fromkeys(arguments):
         raise ValueError(f"The model has a head for {name!r}: leave out `kind` and `channels`; got {arguments}.")
     heads = state.base.task_heads
@@ -282,12 +295,17 @@ def _remove_head(state: TaskState, adapter_name: str, name: str) -> None:
     others = [other for other in state.task_names if other != adapter_name and name in state.served(other)]
     head = state.base.task_heads[name]
     if not others:
-        state.base.remove_task_head(name)
-        state.head_names.remove(name)
+        _drop_head(state, name)
     elif state.is_shared(adapter_name):
         raise ValueError(f"The head of {name!r} cannot be removed: adapters {others} serve it too.")
     elif isinstance(head, ModulesToSaveWrapper):
         head.delete_adapter(adapter_name, [other for other in head.active_adapters if other != adapter_name])
+
+
+def _drop_head(state: TaskState, name: str) -> None:
+    state.base.remove_task_head(name)
+    state.head_names.remove(name)
+    state.grown_heads.discard(name)
 
 
 def _whole_head(head: nn.Module, adapter_name: str | None = None) -> nn.Module:

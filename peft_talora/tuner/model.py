@@ -143,7 +143,8 @@ class TALoRAModel(BaseTuner):
     def _prepare_modules_to_save(self, peft_config: TALoRAConfig, heads: list[str] | None) -> None:
         names = [name for name, _ in self.model.named_modules()]
         if peft_config.modules_to_save is None and heads:
-            peft_config.modules_to_save = [f"task_heads.{name}" for name in heads]
+            served = [name for name in heads if name in peft_config.task_names]
+            peft_config.modules_to_save = [f"task_heads.{name}" for name in served or heads]
         if peft_config.train_norms:
             norms = [name for name in names if BLOCK_NORMS.fullmatch(name)]
             if not norms:
@@ -225,8 +226,9 @@ class TALoRAModel(BaseTuner):
         self.task_state.hold_freeze()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; see `BaseTuner.delete_adapter`."""
+        """Delete an adapter, and the heads that it grew by alone; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
+        grow.drop_unserved_heads(self.task_state, self.peft_config)
         self.task_state.sync()
 
     def add_weighted_adapter(

@@ -45,6 +45,7 @@ class TaskState:
         layers: Its adapted layers.
         head_names: Names of the model's heads, in order, or None for a model without `task_heads`. An index in
             `task_ids` is a position in this list if there is one, else in the adapter's own list.
+        grown_heads: Those of them that growing added, for some adapter.
         task_names: The list of tasks of every adapter.
         selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
             int, so that choosing another task recompiles nothing under `torch.compile`.
@@ -57,6 +58,7 @@ class TaskState:
         self.base = base
         self.layers: list[nn.Module] = []
         self.head_names = head_names
+        self.grown_heads: set[str] = set()
         self.task_names: dict[str, list[str]] = {}
         self.selected: dict[str, torch.Tensor] = {}
         self.suspended: list[dict[str, torch.Tensor]] = []
