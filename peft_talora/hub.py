@@ -29,6 +29,7 @@ from transformers import SamImageProcessorPil
 
 from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
+from .msam_config import checkpoint_type
 from .tuner import TALoRAModel
 
 MSAM_CONFIG_NAME = "msam_config.json"
@@ -116,7 +117,11 @@ def load(
 
     Raises:
         OSError: If a file is missing or damaged; the message names it.
-        ValueError: If base and adapter do not belong together.
+        ValueError: If base and adapter do not belong together, or a head was added or renamed that neither has
+            weights of.
+
+    Where the base is a saved mSAM whose tasks are not the adapter's (which has grown, say), its heads are brought into
+    line. The original of a head that it lacks, which is seen while the adapter is disabled, is a copy of its first.
     """
     folder = fetch(adapter, revision)
     config = _read_json(folder / MSAM_CONFIG_NAME)
@@ -126,13 +131,7 @@ def load(
         if not base:
             raise ValueError(f"{folder} names no base checkpoint, as its model had none: give `base`.")
         base = folder / base if (folder / base).is_dir() else base
-    model = MSamModel.from_pretrained(
-        base,
-        tasks=config["tasks"],
-        decoder_mode=config["decoder_mode"],
-        image_size=config["image_size"],
-        dtype=getattr(torch, config["dtype"]),
-    )
+    model, new_heads = _load_base(base, config)
     try:
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except RuntimeError as error:  # how PyTorch reports weights of another shape
@@ -140,7 +139,27 @@ def load(
     except KeyError as error:  # how PEFT reports missing weights of `modules_to_save`
         raise ValueError(f"{folder / WEIGHTS_NAME} lacks the weights {error}.") from error
     _check_keys(model, folder / WEIGHTS_NAME)
+    for name in new_heads:
+        if not isinstance(model.get_base_model().task_heads[name], ModulesToSaveWrapper):
+            raise ValueError(
+                f"The base {base} has no head for {name!r}, and the adapter {adapter} holds no weights of one: where "
+                "heads are added or renamed, the adapter must train them (`modules_to_save`)."
+            )
     return model.train(is_trainable)
+
+
+def _load_base(base: str | Path, config: Mapping[str, Any]) -> tuple[MSamModel, list[str]]:
+    """The mSAM of an adapter, and the names of the heads for which its base, a saved mSAM, has no weights."""
+    saved = checkpoint_type(base, {}) == "msam"
+    model = MSamModel.from_pretrained(
+        base,
+        tasks=None if saved else config["tasks"],
+        decoder_mode=config["decoder_mode"],
+        image_size=config["image_size"],
+        dtype=getattr(torch, config["dtype"]),
+    )
+    changed = model.config.tasks != config["tasks"]
+    return model, model.set_task_heads(config["tasks"]) if changed else []
 
 
 def _check_keys(model: PeftModel, file: Path) -> None:

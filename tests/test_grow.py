@@ -394,6 +394,45 @@ class TestSave:
         expected = logits_of(loaded, images, left)
         assert_equal_logits(logits_of(load(tmp_path), images, left), expected)
 
+    @pytest.mark.parametrize(
+        ("change", "tasks"),
+        [
+            (lambda model: model.add_task("edges", channels=1), [*OLD, "edges"]),
+            (lambda model: model.rename_task("depth", "range"), ["segmentation", "range", "normals"]),
+            (lambda model: model.remove_task("segmentation"), ["depth", "normals"]),
+            (
+                lambda model: model.remove_task("depth") or model.add_task("depth", channels=1),
+                [*OLD[:1], "normals", "depth"],
+            ),
+        ],
+        ids=["add", "rename", "remove", "replace"],
+    )
+    def test_a_changed_adapter_of_a_saved_msam_comes_back(self, sam_folder, images, tmp_path, change, tasks):
+        MSamModel.from_pretrained(sam_folder, tasks=HEADS).save_pretrained(tmp_path / "base")
+        base = MSamModel.from_pretrained(tmp_path / "base")
+        model = get_peft_model(base, TALoRAConfig(r=4, init_weights=False)).eval()
+        change(model)
+        scramble(model)
+        expected = logits_of(model, images, tasks)
+        save_adapter(model, tmp_path / "adapter")
+        loaded = load(tmp_path / "adapter")
+        assert loaded.task_names == list(loaded.get_base_model().task_heads) == tasks
+        assert_equal_logits(logits_of(loaded, images, tasks), expected)
+        assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+    def test_a_head_that_nobody_saved_is_named(self, sam_folder, tmp_path):
+        MSamModel.from_pretrained(sam_folder, tasks=HEADS).save_pretrained(tmp_path / "base")
+        base = MSamModel.from_pretrained(tmp_path / "base")
+        model = get_peft_model(base, TALoRAConfig(r=4, modules_to_save=[]))
+        save_adapter(model, tmp_path / "adapter")
+        load(tmp_path / "adapter")
+        model.rename_task("depth", "range")
+        save_adapter(model, tmp_path / "adapter")
+        with pytest.raises(
+            ValueError, match=saying("no head for 'range'", "`modules_to_save`", str(tmp_path / "base"))
+        ):
+            load(tmp_path / "adapter")
+
     def test_parameters_come_back_in_the_same_order(self, model, images, tmp_path):
         """An optimiser's saved state knows parameters by their positions."""
         model.add_task("angles", kind="normals", channels=3)  # sorts before the others
