@@ -339,7 +339,7 @@ class TestRemove:
 
     def test_positions_move_up(self, model, images):
         by_name = model(pixel_values=images, task_ids=["normals", "depth"]).logits
-        model.remove_task(0)
+        model.remove_task("segmentation")
         by_position = model(pixel_values=images, task_ids=torch.tensor([1, 0])).logits
         for task, values in by_name.items():
             assert torch.equal(by_position[task], values)
@@ -663,7 +663,9 @@ class TestErrors:
         before = snapshot(model)
         for call, words in [
             (lambda: model.remove_task("edges"), ["Unknown task 'edges'", "normals"]),
-            (lambda: model.remove_task(3), ["index 3", "normals"]),
+            (lambda: model.remove_task(0), ["by name; got 0", "normals"]),
+            (lambda: model.rename_task(0, "new"), ["by name; got 0", "normals"]),
+            (lambda: model.train_only([3]), ["index 3", "normals"]),
             (lambda: model.rename_task("edges", "borders"), ["Unknown task 'edges'", "normals"]),
             (lambda: model.rename_task("depth", "normals"), ["Duplicate", "normals"]),
             (lambda: model.rename_task("depth", "default"), ["'default' is not allowed"]),

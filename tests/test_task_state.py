@@ -26,6 +26,7 @@ from tuner_cases import (
     folded,
     gradients,
     saying,
+    trainable_names,
 )
 
 from peft_talora.tuner import TALoRAConfig, set_task, use_task
@@ -573,8 +574,12 @@ class TestHeads:
             actual = other(images, task_ids=ids)
             assert torch.equal(actual, model(images, task_ids=ids))
             assert_close(actual, torch.stack([expected["edges"][0], expected["normals"][1]]))
-        other.set_task(0)  # a position in the adapter's own list
-        assert list(other(images)) == ["edges"]
+        other.set_task(0)  # a head's too
+        assert list(other(images)) == ["normals"]
+        other.train_only([0])
+        assert {name.split(".")[-1] for name in trainable_names(other) if "talora" in name} == {"normals"}
+        other.merge_adapter()
+        assert other.get_base_model().merged_task == "normals"
 
     def test_task_without_a_row(self, images):
         model = adapt_heads(task_names=["edges", "depth"])

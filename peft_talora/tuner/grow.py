@@ -97,13 +97,12 @@ def add_task(
     state.sync()
 
 
-def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str | int, adapter_name: str | None) -> None:
+def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str, adapter_name: str | None) -> None:
     """See [`TALoRAModel.remove_task`]."""
     adapter_name = find_adapter(state, adapter_name)
     shared, known = state.is_shared(adapter_name), state.served(adapter_name)
     _check_unmerged(state)
-    index = task_index(name, known)
-    name = known[index]
+    index = _index_of_name(name, known)
     if len(known) == 1:
         raise ValueError(f"{name!r} is the only task of adapter {adapter_name!r}; `delete_adapter` deletes it whole.")
     if state.head_names is not None:
@@ -120,14 +119,13 @@ def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str | 
 
 
 def rename_task(
-    state: TaskState, configs: dict[str, TALoRAConfig], old: str | int, new: str, adapter_name: str | None
+    state: TaskState, configs: dict[str, TALoRAConfig], old: str, new: str, adapter_name: str | None
 ) -> None:
     """See [`TALoRAModel.rename_task`]."""
     adapter_name = find_adapter(state, adapter_name)
     _check_unmerged(state)
     heads = state.head_names or []
-    known = list(dict.fromkeys([*heads, *state.task_names[adapter_name]]))
-    old = known[task_index(old, known)]
+    _index_of_name(old, list(dict.fromkeys([*heads, *state.task_names[adapter_name]])))
     renamed = [n for n, own in state.task_names.items() if old in own and (n == adapter_name or old in heads)]
     for taken in (
         [*heads, *(_shared_names(state, heads) if old in heads else [])],
@@ -159,17 +157,17 @@ def drop_unserved_heads(state: TaskState, configs: dict[str, TALoRAConfig]) -> N
     _list_saved_modules(state, configs)
 
 
-def choose_trained(state: TaskState, tasks: str | list[str] | None, adapter_name: str | None) -> None:
+def choose_trained(state: TaskState, tasks: str | list[str | int] | None, adapter_name: str | None) -> None:
     """See [`TALoRAModel.train_only`]."""
     adapter_name = find_adapter(state, adapter_name)
     _check_unmerged(state)
     known = state.served(adapter_name)
-    indices = [task_index(task, known) for task in ([tasks] if isinstance(tasks, str) else tasks or [])]
-    if tasks is not None and not indices:
+    names = [state.task_name(task, known) for task in ([tasks] if isinstance(tasks, str) else tasks or [])]
+    if tasks is not None and not names:
         raise ValueError(f"`tasks` is empty; name some of {known}, or give None to train the whole adapter.")
     state.trained_only.pop(adapter_name, None)
     if tasks is not None:
-        state.trained_only[adapter_name] = [known[index] for index in indices]
+        state.trained_only[adapter_name] = names
 
 
 @torch.no_grad()
@@ -219,6 +217,12 @@ def _check_unmerged(state: TaskState) -> None:
     merged = sorted({name for layer in state.layers for name in layer.merged_adapters})
     if merged:
         raise ValueError(f"Tasks cannot change while adapters {merged} are merged; call `unmerge_adapter` first.")
+
+
+def _index_of_name(name: str, known: list[str]) -> int:
+    if not isinstance(name, str):
+        raise ValueError(f"Tasks are removed and renamed by name; got {name!r}, and the tasks are {known}.")
+    return task_index(name, known)
 
 
 def _check_name(name: str, taken: list[str], configs: dict[str, TALoRAConfig]) -> None:

@@ -189,7 +189,7 @@ class TALoRALayer(BaseTunerLayer):
 
         Args:
             adapter_name: The adapter.
-            task: Name or position; None means the selected task, or the only one.
+            task: Name, or position in the adapter's own list; None means the selected task, or the only one.
 
         Raises:
             ValueError: For an unknown task, or None where several tasks are there and none is selected.

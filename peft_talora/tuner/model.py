@@ -346,7 +346,7 @@ class TALoRAModel(BaseTuner):
         head = {"kind": kind, "channels": channels}
         grow.add_task(self.task_state, self.peft_config, name, head, init, freeze_others, adapter_name)
 
-    def remove_task(self, name: str | int, adapter_name: str | None = None) -> None:
+    def remove_task(self, name: str, adapter_name: str | None = None) -> None:
         """Remove a task of the adapter (None: the active one): its rows, and its head with the last adapter it has.
 
         Later tasks move up one position. A selection of the task is taken back. An adapter that is left with one task
@@ -359,7 +359,7 @@ class TALoRAModel(BaseTuner):
         if [] in self.task_state.trained_only.values():  # the one task that trained is gone
             self.train_only(None, adapter_name)
 
-    def rename_task(self, old: str | int, new: str, adapter_name: str | None = None) -> None:
+    def rename_task(self, old: str, new: str, adapter_name: str | None = None) -> None:
         """Rename a task of the adapter (None: the active one), and its head, then in all adapters that have it.
 
         Raises:
@@ -367,7 +367,7 @@ class TALoRAModel(BaseTuner):
         """
         grow.rename_task(self.task_state, self.peft_config, old, new, adapter_name)
 
-    def train_only(self, tasks: str | list[str] | None, adapter_name: str | None = None) -> None:
+    def train_only(self, tasks: str | list[str | int] | None, adapter_name: str | None = None) -> None:
         """Train only what belongs to some tasks alone, their rows and heads, while the adapter is active.
 
         This holds whatever PEFT makes trainable later (`set_adapter`, `disable_adapter`, another adapter), until the
@@ -399,7 +399,8 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
 
     Args:
         model: The adapted model.
-        task: Name or position; None takes the choice back.
+        task: Name, or position among the heads (of a model without, in the adapter's own list); None takes the
+            choice back.
         adapter_name: The adapter to choose for; None means every active one.
 
     Raises:

@@ -43,8 +43,8 @@ class TaskState:
     Attributes:
         base: The model that was adapted.
         layers: Its adapted layers.
-        head_names: Names of the model's heads, in order, or None for a model without `task_heads`. An index in
-            `task_ids` is a position in this list if there is one, else in the adapter's own list.
+        head_names: Names of the model's heads, in order, or None for a model without `task_heads`. A task given by
+            its position is one of this list if there is one, else of the adapter's own.
         grown_heads: Those of them that growing added, for some adapter.
         task_names: The list of tasks of every adapter.
         selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
@@ -112,13 +112,21 @@ class TaskState:
         """The tasks that an adapter serves: its own, or those of all heads if they share it."""
         return self.head_names if self.is_shared(adapter_name) else self.task_names[adapter_name]
 
+    def task_name(self, task: str | int, known: list[str]) -> str:
+        """One of the known tasks, by name or by position: among the heads where there are heads, else among them."""
+        if not isinstance(task, str):
+            positions = self.head_names or known
+            task = positions[task_index(task, positions)]
+        return known[task_index(task, known)]
+
     def select(self, adapter_names: Sequence[str], task: str | int | None) -> None:
         """Make a lasting choice for every adapter named, or for none if one does not know it; None takes it back."""
         for name in adapter_names:
             if name not in self.task_names:
                 raise ValueError(f"Unknown adapter {name!r}; the TA-LoRA adapters are {list(self.task_names)}.")
         names = [] if task is None else adapter_names
-        indices = {name: task_index(task, self.task_names[name]) for name in names}
+        own = {name: self.task_names[name] for name in names}
+        indices = {name: tasks.index(self.task_name(task, tasks)) for name, tasks in own.items()}
         for layer in self.layers:
             if layer.merged:
                 layer.unmerge()
