@@ -179,6 +179,30 @@ class TestFrozenOthers:
         with pytest.raises(ValueError, match=saying("`tasks` is empty", "normals")):
             model.train_only([])
 
+    @pytest.mark.parametrize("end", [lambda model: model.train_only(None), lambda model: model.remove_task("new")])
+    def test_what_was_frozen_before_stays_frozen(self, end, tmp_path):
+        adapt(MLP_2D).save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(MLP_2D.build(), tmp_path)
+        model.train_only(None)
+        assert not trainable_names(model)
+        model.train_only("depth")
+        assert {name.split(".")[-1] for name in trainable_names(model)} == {"depth"}
+        model.add_task("new", freeze_others=True)
+        model.add_adapter("second", config_for(MLP_2D))
+        assert {name.split(".")[-1] for name in trainable_names(model)} == {"new"}
+        end(model)
+        assert {name.split(".")[-1] for name in trainable_names(model)} <= {"new"}
+
+    def test_what_the_user_froze_stays_frozen(self):
+        model = adapt(MLP_2D)
+        model.base_model.model.lin0.requires_grad_(False)
+        before = trainable_names(model)
+        model.train_only("depth")
+        assert any("lin0" in name for name in trainable_names(model))
+        model.add_task("new", freeze_others=True)
+        model.remove_task("new")
+        assert trainable_names(model) == before
+
     def test_without_it_the_rest_trains_on(self, model):
         before = trainable_names(model)
         model.add_task("edges", channels=1)

@@ -168,6 +168,9 @@ def choose_trained(state: TaskState, tasks: str | list[str | int] | None, adapte
     state.trained_only.pop(adapter_name, None)
     if tasks is not None:
         state.trained_only[adapter_name] = names
+    state.release_freeze()
+    state.thaw(adapter_name)
+    state.hold_freeze()
 
 
 @torch.no_grad()

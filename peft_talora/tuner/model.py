@@ -64,6 +64,7 @@ class TALoRAModel(BaseTuner):
         self.task_state = layers[0].task_state if layers else TaskState(model, _head_names(model))
         wrapped = {id(module) for module in model.modules() if isinstance(module, _WRAPPERS)}
         trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        freeze, before_freeze = self.task_state.trained_before, dict(self.task_state.trained_before)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -71,6 +72,9 @@ class TALoRAModel(BaseTuner):
             for parameter, requires_grad in trained.items():
                 parameter.requires_grad_(requires_grad)
             raise
+        finally:  # what PEFT made trainable meanwhile was not so before
+            freeze.update({parameter: trained[parameter] for parameter in freeze if parameter in trained})
+            freeze.update(before_freeze)
         self._hook(model)
         self.task_state.sync()
 
@@ -217,6 +221,7 @@ class TALoRAModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapter(s); see `BaseTuner.set_adapter`."""
+        self.task_state.release_freeze()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.task_state.sync()
 
@@ -227,6 +232,7 @@ class TALoRAModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the heads that it grew by alone; see `BaseTuner.delete_adapter`."""
+        self.task_state.release_freeze()
         super().delete_adapter(adapter_name)
         grow.drop_unserved_heads(self.task_state, self.peft_config)
         self.task_state.sync()
@@ -300,6 +306,7 @@ class TALoRAModel(BaseTuner):
             self._check_task_selected(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.task_state.trained_only.clear()
+        self.task_state.trained_before.clear()
         self.task_state.sync()
         for entry in self.task_state.entries:
             entry.remove()
@@ -371,15 +378,13 @@ class TALoRAModel(BaseTuner):
         """Train only what belongs to some tasks alone, their rows and heads, while the adapter is active.
 
         This holds whatever PEFT makes trainable later (`set_adapter`, `disable_adapter`, another adapter), until the
-        next call; None ends it. It is not saved with the adapter.
+        next call; None ends it: what it froze trains again, and what was frozen before stays so. It is not saved with
+        the adapter.
 
         Raises:
             ValueError: For an unknown task, and while merged.
         """
         grow.choose_trained(self.task_state, tasks, adapter_name)
-        self.set_adapter(self.active_adapter)
-        self._mark_only_adapters_as_trainable(self.model)
-        self.task_state.hold_freeze()
 
     def task_affinity(self, adapter_name: str | None = None) -> grow.TaskAffinity:
         """Cosines between the tasks' rows and between their updates, per layer and overall; see [`TaskAffinity`]."""

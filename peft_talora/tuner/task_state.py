@@ -51,6 +51,7 @@ class TaskState:
             int, so that choosing another task recompiles nothing under `torch.compile`.
         suspended: The choices that running `use_task` contexts restore at their ends, outermost first.
         trained_only: Per adapter the only tasks that train, where `train_only` chose some.
+        trained_before: What `requires_grad` was of the parameters that this choice has changed.
         calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
     """
 
@@ -63,6 +64,7 @@ class TaskState:
         self.selected: dict[str, torch.Tensor] = {}
         self.suspended: list[dict[str, torch.Tensor]] = []
         self.trained_only: dict[str, list[str]] = {}
+        self.trained_before: dict[nn.Parameter, bool] = {}
         self.calls: list[tuple[object, dict[str, torch.Tensor] | None]] = []
         self.merge_is_ours = False
         self.entries: list[TaskEntry] = []
@@ -238,7 +240,23 @@ class TaskState:
         kept = {id(parameter) for name in held for parameter in self._own_parameters(name, self.trained_only[name])}
         for parameter in self.base.parameters() if held else ():
             if parameter.requires_grad and id(parameter) not in kept:
-                parameter.requires_grad_(False)
+                self._set_trained(parameter, False)
+
+    def release_freeze(self) -> None:
+        """Let what `hold_freeze` and `thaw` changed train or not as before."""
+        for parameter, trained in self.trained_before.items():
+            parameter.requires_grad_(trained)
+        self.trained_before.clear()
+
+    def thaw(self, adapter_name: str) -> None:
+        """Train the tasks in `trained_only` of an adapter that is active, be it loaded for inference."""
+        if adapter_name in self.active_adapters() and not self.layers[0].disable_adapters:
+            for parameter in self._own_parameters(adapter_name, self.trained_only.get(adapter_name, [])):
+                self._set_trained(parameter, True)
+
+    def _set_trained(self, parameter: nn.Parameter, trained: bool) -> None:
+        self.trained_before.setdefault(parameter, parameter.requires_grad)
+        parameter.requires_grad_(trained)
 
     def _own_parameters(self, adapter_name: str, tasks: Sequence[str]) -> Iterator[nn.Parameter]:
         """What belongs to some tasks alone: their rows, and the adapter's copies of their heads."""
