@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tuner_cases import (
     BATCH,
+    MLP,
     MLP_2D,
     TASKS,
     TEXT,
@@ -460,6 +461,27 @@ class TestSeveralAdapters:
         with pytest.warns(UserWarning, match="Setting active adapter to further"):
             model.delete_adapter("default")
         assert_visibly_different(*outputs_of(MLP_2D, model, ["a", "b"]))
+
+
+class CountingMLP(MLP):
+    """Counts how often its modules are walked through."""
+
+    walks = 0
+
+    def modules(self):
+        self.walks += 1
+        return super().modules()
+
+
+def test_layers_that_are_enabled_walk_through_the_model_once():
+    base = CountingMLP()
+    model = get_peft_model(base, config_for(MLP_2D))
+    layers = adapted_layers(model)
+    base.walks = 0
+    for layer in layers:
+        layer.enable_adapters(True)
+    assert len(layers) == 2
+    assert base.walks == 1
 
 
 class TestNames:

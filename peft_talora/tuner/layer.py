@@ -114,7 +114,7 @@ class TALoRALayer(BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable the layer's adapters, see `BaseTunerLayer.enable_adapters`."""
         super().enable_adapters(enabled)
-        if enabled:  # transformers' own leaves out the heads and norms, which it had disabled
+        if enabled and self is self.task_state.layers[0]:  # transformers' own leaves out the heads and norms
             for module in self.task_state.base.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.enable_adapters(True)

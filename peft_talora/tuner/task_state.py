@@ -19,6 +19,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 TaskIds = torch.Tensor | Sequence[int | str]
 
@@ -318,7 +319,11 @@ class TaskEntry:
         self.state = state
         self.is_base = module is state.base
         self.parameters = list(inspect.signature(module.forward).parameters)
-        self.blocks = [block for block in module.modules() if hasattr(block, "gradient_checkpointing")]
+        self.blocks = [
+            block
+            for block in module.modules()
+            if isinstance(block, GradientCheckpointingLayer) or "gradient_checkpointing" in vars(block)
+        ]
         self.handles = [
             module.register_forward_pre_hook(self.enter, with_kwargs=True),
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
