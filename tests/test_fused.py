@@ -80,8 +80,11 @@ class TestEquality:
         plain(monkeypatch)
         assert_same(found, outcome(model, inputs(dtype)), DTYPES[dtype])
 
-    @pytest.mark.parametrize("values", [{"qkv_parts": ["q", "v"]}, {"bias": "talora_only"}, {"bias": "all"}], ids=str)
+    @pytest.mark.parametrize(
+        "values", [{"qkv_parts": ["q", "v"]}, {"bias": "talora_only"}, {"bias": "all"}, {"r_out": 4}], ids=str
+    )
     def test_with_options(self, values, monkeypatch):
+        """With a square core, too: there shapes do not tell it from its transpose."""
         model, _ = adapted(torch.float64, **values)
         found = outcome(model, inputs(torch.float64))
         plain(monkeypatch)
