@@ -149,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if repository is None:
             self.refuse("RepoNotFound")
+        elif rest and rest.split("/")[2] not in ("main", repository.commit_id):
+            self.refuse("RevisionNotFound")
         elif rest.startswith("/tree/"):
             files = repository.files.items()
             tree = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in files]

@@ -75,7 +75,7 @@ class TestCat:
     )
     def test_is_the_exact_sum(self, other):
         model = two_adapters(**other)
-        errors = model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
+        errors = model.add_weighted_adapter(["other", "default"], [-1.3, 0.7], "sum")
         assert_weighted_sum(model, "sum", {"default": 0.7, "other": -1.3})
         assert errors.overall < 1e-12
         assert set(errors.layers) == {"lin0", "lin1"}
@@ -108,11 +108,11 @@ class TestCat:
         assert (layer.talora_core["sum"][:, :, 2] == 0).all()
 
     def test_different_qkv_parts(self):
-        model = adapt(VISION, target_modules=["qkv"], qkv_parts=["q", "v"])
+        model = adapt(VISION, target_modules=["qkv"], qkv_parts=["k", "v"])
         torch.manual_seed(8)
         model.add_adapter("other", config_for(VISION, target_modules=["qkv"], qkv_parts=["v"], **OTHER))
         model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
-        assert model.peft_config["sum"].qkv_parts == ["q", "v"]
+        assert model.peft_config["sum"].qkv_parts == ["k", "v"]
         assert_weighted_sum(model, "sum", {"default": 0.7, "other": -1.3})
         model.add_adapter("all", config_for(VISION, target_modules=["qkv", "proj"]))
         model.add_weighted_adapter(["all", "other"], [1.0, 1.0], "more")
@@ -147,10 +147,10 @@ class TestSvd:
                 assert_close(factor.T @ factor, torch.eye(factor.shape[1]), 1e-5)
 
     def test_ranks_default_to_the_largest(self):
-        model = two_adapters()
+        model = two_adapters(r_out=5)
         model.add_weighted_adapter(["default", "other"], [1, 1], "cut", "svd")
         config = model.peft_config["cut"]
-        assert (config.r, config.r_out, config.r_task) == (4, 4, 3)
+        assert (config.r, config.r_out, config.r_task) == (4, 5, 3)
 
     def test_is_exact_where_ranks_allow(self):
         model = two_adapters()
@@ -183,6 +183,11 @@ class TestTheNewAdapter:
         model.set_adapter("sum")
         loaded = PeftModel.from_pretrained(MLP_2D.build(), tmp_path / "sum")
         assert torch.equal(outputs_of_all(MLP_2D, loaded), outputs_of_all(MLP_2D, model))
+
+    def test_has_the_dropout_of_the_first(self):
+        model = adapt(MLP_2D, dropout=0.25)
+        model.add_weighted_adapter(["default"], [1.0], "same")
+        assert {layer.talora_dropout["same"].p for layer in adapted_layers(model)} == {0.25}
 
     def test_has_the_precision_of_the_others(self):
         model = two_adapters(dtype=torch.bfloat16)  # PEFT keeps the adapters of this base in float32

@@ -86,10 +86,12 @@ class TestEquality:
             {"qkv_parts": ["q", "v"]},
             pytest.param({"bias": "talora_only"}, marks=needs_peft_0_21),
             pytest.param({"bias": "all"}, marks=needs_peft_0_21),
+            {"r_out": 4},
         ],
         ids=str,
     )
     def test_with_options(self, values, monkeypatch):
+        """With a square core, too: there shapes do not tell it from its transpose."""
         model, _ = adapted(torch.float64, **values)
         found = outcome(model, inputs(torch.float64))
         plain(monkeypatch)
@@ -313,13 +315,18 @@ class TestMemory:
 
 
 class TestWhatIsNotFused:
-    def test_a_layer_with_hooks_is_called(self):
+    @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+    @pytest.mark.parametrize("everywhere", [False, True], ids=["own", "global"])
+    def test_a_layer_with_hooks_is_called(self, kind, everywhere):
         model, layer = adapted()
         seen = []
-        layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
-        y = model(inputs(), task_ids=IDS)
-        assert len(seen) == 1
-        assert not torch.equal(seen[0], y)
+        owner, name = (nn.modules.module, f"module_{kind}") if everywhere else (layer.base_layer, kind)
+        handle = getattr(owner, f"register_{name}_hook")(lambda module, *_: seen.append(module))
+        try:
+            model(inputs().requires_grad_(), task_ids=IDS).sum().backward()
+        finally:
+            handle.remove()
+        assert seen.count(layer.base_layer) == 1
 
     def test_a_layer_with_a_forward_of_its_own_is_called(self):
         model, layer = adapted()

@@ -47,6 +47,8 @@ attempt("load without a token", peft_talora.load, "user/name")
 os.environ["HF_TOKEN"] = token
 attempt("load what is absent", peft_talora.load, "user/absent")
 attempt("push again", peft_talora.push_to_hub, folder, "user/name")
+attempt("load an absent revision", peft_talora.load, "user/name", revision="v9")
+attempt("load an absent revision's processor", peft_talora.load_image_processor, "user/name", revision="v9")
 
 short = peft_talora.load("user/name")
 copy = peft_talora.hub.fetch("user/name")
@@ -137,6 +139,13 @@ def test_404_names_the_repository(visit):
     kind, message = visit.said["load what is absent"]
     assert kind == "OSError"
     assert message.startswith("user/absent: the Hub answered 404: there is no such repository")
+
+
+@pytest.mark.parametrize("what", ["load an absent revision", "load an absent revision's processor"])
+def test_404_names_the_repository_of_a_revision(visit, what):
+    kind, message = visit.said[what]
+    assert kind == "OSError"
+    assert message.startswith("user/name: the Hub answered 404: there is no such repository or revision")
 
 
 def test_an_interrupted_upload_leaves_nothing_half_committed_and_can_be_repeated(visit):

@@ -426,6 +426,22 @@ class TestSeveralAdapters:
         with pytest.raises(ValueError, match="'further'"):
             model.set_task("a", "further")
 
+    def test_nothing_of_a_deleted_adapter_is_left_in_a_layer(self):
+        """By the layer's own method, as transformers deletes: what is merged goes too."""
+        model, _ = self.both(MLP_2D)
+        model.set_task("a", "further")
+        model.merge_adapter(["further"])
+
+        def containers(layer: nn.Module) -> set[str]:
+            attributes = {**vars(layer), **dict(layer.named_children())}
+            types = (dict, nn.ModuleDict, nn.ParameterDict)
+            return {key for key, value in attributes.items() if isinstance(value, types) and "further" in value}
+
+        for layer in adapted_layers(model):
+            assert containers(layer) == {*layer.adapter_layer_names, *layer.other_param_names}
+            layer.delete_adapter("further")
+            assert not containers(layer)
+
     def test_name_of_a_deleted_adapter_is_free_again(self):
         model, _ = self.both(MLP_2D)
         model.delete_adapter("further")
