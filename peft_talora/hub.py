@@ -33,6 +33,9 @@ from .msam import MSamModel
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
+HEAD_NAME = "head.safetensors"
+# What says together how an adapter is read: who writes one of these into a folder writes or deletes all of them.
+ADAPTER_FILES = [CONFIG_NAME, WEIGHTS_NAME, MSAM_CONFIG_NAME, HEAD_NAME, PROCESSOR_NAME]
 UPLOADED = [
     "README.md",
     "adapter_config.json",
@@ -58,13 +61,14 @@ def save_adapter(
 
     Args:
         model: A `PeftModel` around an `MSamModel`, with one adapter or an active one.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        folder: Where to; created if need be. An adapter that is there, with its image processor, is replaced; other
+            files stay.
         image_processor: What made `pixel_values`, saved beside.
         card: Text of the model card; None leaves PEFT's.
     """
     folder = Path(folder)
     base, adapter = model.get_base_model(), model.active_adapters[0]
-    with write_aside(folder) as aside:
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         model.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():

@@ -17,8 +17,8 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 
 from .files import write_aside, write_json
-from .hub import MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, locate, rebuild_config
-from .lora_folder import HEAD_NAME, PREFIX, LoraFolder, read_lora
+from .hub import ADAPTER_FILES, HEAD_NAME, MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, locate, rebuild_config
+from .lora_folder import PREFIX, LoraFolder, read_lora
 from .msam import MSamModel
 from .tuner.config import check_task_names
 from .tuner.convert import adapted_layers, describe, exact_name, exact_names, single_adapter, tucker_of, weights_of
@@ -39,7 +39,7 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
         model: A `PeftModel` with a TA-LoRA adapter, merged or not.
         task: Name or position in the adapter's `task_names`; with an adapter of one task, which all heads share, the
             name of any head.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        folder: Where to; created if need be. An adapter that is there is replaced; other files stay.
         adapter_name: The adapter; None means the active one.
 
     Raises:
@@ -69,7 +69,7 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
         if ".talora_" not in name and not name.startswith(f"{PREFIX}task_heads."):
             state[name] = tensor.detach().cpu().contiguous()
     path = base.config._name_or_path if heads else config.base_model_name_or_path or ""
-    with write_aside(folder) as aside:
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         _lora_config(base, adapter_name, config, ranks, locate(path, folder)).save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         if head in heads:
@@ -123,7 +123,7 @@ def from_loras(
     Args:
         loras: Folder or Hub id of a LoRA per task, in the order of the tasks; all of the same layers of one base
             model. Ranks and scalings may differ. Only safetensors files are read.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        folder: Where to; created if need be. An adapter that is there is replaced; other files stay.
         r: Rank of the input factor, in layers that have more. None cuts nothing off.
         r_out: The same for the output factor. None means `r`.
         r_task: The same for the task factor.
@@ -164,7 +164,7 @@ def from_loras(
         state |= {f"{PREFIX}{layer}.{name}": w.to(first.dtype) for name, w in weights.items()}
     rebuild = _rebuild_config(parts, folder) if heads else None
     processor = _image_processor(parts)
-    with write_aside(folder) as aside:
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         config.save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         if rebuild is not None:

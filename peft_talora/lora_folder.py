@@ -16,9 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .files import check_safetensors
-from .hub import MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, fetch
+from .hub import HEAD_NAME, MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, fetch
 
-HEAD_NAME = "head.safetensors"
 PREFIX = "base_model.model."
 _LORA_WEIGHT = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # What a LoRA's configuration may say: all else must be as in a new one, for it would change what the weights mean.

@@ -11,6 +11,7 @@ the ranks, without writing an adapter, and draws it.
 
 import argparse
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft_talora
@@ -48,8 +49,8 @@ def main() -> None:
     """Do the one thing that was asked."""
     args = parse_arguments()
     if args.command == "to_lora":
-        peft_talora.to_lora(peft_talora.load(args.adapter), args.task, args.output)
-        copy_image_processor(args.adapter, args.output)
+        with kept_image_processor(args.adapter, args.output):
+            peft_talora.to_lora(peft_talora.load(args.adapter), args.task, args.output)
     elif args.command == "from_loras":
         loras = parse_loras(args.loras)
         ranks = (args.r, args.r_out, args.r_task)
@@ -58,18 +59,21 @@ def main() -> None:
         model = peft_talora.load(args.adapter)
         print_errors(peft_talora.compress(model, args.r, args.r_out, args.r_task, new_adapter_name="compressed"))
         model.set_adapter("compressed")
-        peft_talora.save_adapter(model, args.output)
-        copy_image_processor(args.adapter, args.output)
+        with kept_image_processor(args.adapter, args.output):
+            peft_talora.save_adapter(model, args.output)
     else:
         draw_error(parse_loras(args.loras), args.ranks, args.modules_from, Path(args.output))
 
 
-def copy_image_processor(adapter: str, output: str) -> None:
-    """What made the adapter's `pixel_values` goes along, where it was saved."""
+@contextmanager
+def kept_image_processor(adapter: str, output: str):
+    """What made the adapter's `pixel_values` goes along, where it was saved; `output` may be the adapter's folder."""
     file = fetch(adapter) / PROCESSOR_NAME
-    if file.is_file():
+    text = file.read_text() if file.is_file() else None
+    yield
+    if text is not None:
         with write_aside(output) as aside:
-            (aside / file.name).write_text(file.read_text())
+            (aside / PROCESSOR_NAME).write_text(text)
 
 
 def parse_loras(pairs: list[str]) -> dict[str, str]:

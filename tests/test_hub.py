@@ -161,6 +161,13 @@ def test_saving_again_replaces_files_and_keeps_others(sam_folder, images, tmp_pa
     assert_same_model(peft_talora.load(tmp_path), model, images)
 
 
+def test_saving_without_an_image_processor_leaves_no_earlier_one(sam_folder, tmp_path):
+    save_adapter(make_model(sam_folder), tmp_path, make_image_processor(64, normalize=False))
+    (tmp_path / "results.json").write_text("{}")
+    save_adapter(make_model(sam_folder), tmp_path)
+    assert files_in(tmp_path) == SAVED | {"results.json"}
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(RuntimeError, match="killed"), files.write_aside(tmp_path) as aside:  # noqa: PT012

@@ -162,6 +162,19 @@ class TestToLora:
         sam = PeftModel.from_pretrained(MSamModel.from_pretrained(sam_folder, tasks=TASKS), tmp_path)
         assert_close(sam.vision_encoder(images)[0], embed(model, images, None))
 
+    def test_nothing_of_an_earlier_adapter_stays(self, sam_folder, tmp_path):
+        model = make_model(sam_folder)
+        save_adapter(model, tmp_path, make_image_processor(IMAGE_SIZE))
+        (tmp_path / "notes.txt").write_text("mine")
+        to_lora(model, "depth", tmp_path)
+        lora = {"adapter_config.json", "adapter_model.safetensors"}
+        others = {"README.md", "notes.txt"}
+        assert {file.name for file in tmp_path.iterdir()} == {*lora, *others, "head.safetensors"}
+        with pytest.raises(OSError, match=r"msam_config\.json is missing"):
+            peft_talora.load(tmp_path)
+        to_lora(adapt(MLP_2D), "depth", tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == {*lora, *others}
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_written_in_float32(self, dtype, tmp_path):
         model = adapt(MLP_2D, r_out=2).to(dtype)
@@ -261,6 +274,18 @@ class TestFromLoras:
             for factor in (layer.talora_in["default"], layer.talora_out["default"]):
                 assert_close(factor.T @ factor, torch.eye(factor.shape[1]), 1e-5)
             assert layer.scaling["default"] == 0.5
+
+    def test_a_head_of_an_earlier_export_is_not_taken(self, sam_folder, images, tmp_path):
+        to_lora(make_model(sam_folder), "depth", tmp_path / "depth")
+        loras, expected = save_loras(sam_folder, tmp_path, images)
+        from_loras(loras, tmp_path / "all")
+        assert_gives(tmp_path / "all", images, expected)
+
+    def test_an_image_processor_of_an_earlier_adapter_does_not_stay(self, sam_folder, images, tmp_path):
+        loras, _ = save_loras(sam_folder, tmp_path, images)
+        make_image_processor(IMAGE_SIZE).save_pretrained(tmp_path / "all")
+        from_loras(loras, tmp_path / "all")
+        assert not (tmp_path / "all" / "preprocessor_config.json").exists()
 
     def test_tasks_are_in_the_given_order(self, sam_folder, images, tmp_path):
         loras, expected = save_loras(sam_folder, tmp_path, images)
