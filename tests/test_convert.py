@@ -176,6 +176,15 @@ class TestTheNewAdapter:
         model(MLP_2D.inputs(), task_ids=["normals"] * BATCH).sum().backward()
         assert adapted_layers(model)[0].talora_core["sum"].grad.abs().max() > 0
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_is_in_the_models_mode(self, training):
+        model = adapt(MLP_2D, dropout=0.5).train(training)
+        compress(model, 4)
+        model.set_adapter("compressed")
+        one, two = (model(MLP_2D.inputs(), task_ids=["normals"] * BATCH) for _ in range(2))
+        assert torch.equal(one, two) != training
+        assert {layer.talora_dropout["compressed"].training for layer in adapted_layers(model)} == {training}
+
     def test_is_saved_and_loaded(self, tmp_path):
         model = two_adapters(target_modules=["lin1"])
         model.add_weighted_adapter(["default", "other"], [1, -1], "sum")
@@ -259,6 +268,7 @@ class TestHeads:
         for name, logits in with_heads(pixel_values=images).logits.items():
             assert_close(logits, expected[name], 1e-4)
         copied = with_heads.task_heads["depth"].modules_to_save
+        assert not any(module.training for module in copied["small"].modules())
         assert copied["small"].no_mask_embed.weight is not copied["other"].no_mask_embed.weight
 
 

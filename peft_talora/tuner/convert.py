@@ -158,8 +158,10 @@ def add_weighted(
     _inject(tuner, adapter_name, config)
     for name, layer in adapted_layers(tuner.model, adapter_name).items():
         _fill(layer, adapter_name, weights_of(tensors[name], config))
+        layer.talora_dropout[adapter_name].train(tuner.model.training)  # new modules start in training mode
     for wrapper, source in saved.values():
-        wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[source].state_dict())
+        copied = wrapper.modules_to_save[adapter_name].train(tuner.model.training)
+        copied.load_state_dict(wrapper.modules_to_save[source].state_dict())
     return relative_errors(exact, tensors)
 
 
