@@ -23,7 +23,7 @@ from .msam import MSamModel
 from .tuner.config import check_task_names
 from .tuner.convert import adapted_layers, describe, exact_name, exact_names, single_adapter, tucker_of, weights_of
 from .tuner.task_state import task_index
-from .tuner.tucker import RelativeErrors, Tucker, relative_errors
+from .tuner.tucker import RelativeErrors, Tucker, check_ranks, relative_errors
 
 
 def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name: str | None = None) -> None:
@@ -134,11 +134,12 @@ def from_loras(
         The relative error of the update per layer and overall.
 
     Raises:
-        ValueError: For LoRAs of different layers, bases or image processors, one that is more than two matrices per
+        ValueError: For a rank below 1, LoRAs of different layers, bases or image processors, one that is more than two matrices per
             linear layer (DoRA, embeddings, convolutions, and so on), a missing head, or norms that differ.
         OSError: If a file is missing or damaged.
     """
     check_task_names(list(loras))
+    check_ranks(r=r, r_out=r_out, r_task=r_task)
     if modules_from not in (None, *loras):
         raise ValueError(f"`modules_from` must be None or one of the tasks {list(loras)}; got {modules_from!r}.")
     parts = {task: read_lora(task, path) for task, path in loras.items()}

@@ -210,6 +210,13 @@ class TestTheNewAdapter:
             ((["default"], [1], "depth"), ["'depth'", "not allowed"]),
             ((["default"], [1], "sum", "ties"), ["'cat' or 'svd'", "'ties'"]),
             ((["default"], [1], "sum", "cat", None, None, None, "other"), ["modules_from", "'other'"]),
+            ((["default", "other"], [1, float("nan")], "sum"), ["`weights`", "nan", "finite"]),
+            ((["default", "other"], [float("-inf"), 1], "sum"), ["`weights`", "-inf", "finite"]),
+            ((["default"], [1], "sum", "svd", 0), ["`svd_rank`", "got 0", "at least 1"]),
+            ((["default"], [1], "sum", "svd", 2, -1), ["`r_out`", "got -1"]),
+            ((["default"], [1], "sum", "svd", 2, 2, 1.5), ["`r_task`", "got 1.5"]),
+            ((["default"], [1], "sum", "cat", 2), ["'cat'", "{'svd_rank': 2}", "'svd'"]),
+            ((["default"], [1], "sum", "cat", None, 3, 2), ["'cat'", "{'r_out': 3, 'r_task': 2}"]),
         ],
     )
     def test_refuses(self, arguments, words):
@@ -296,6 +303,17 @@ class TestCompress:
             compress(model, 4, r_task=1)
         for delta in deltas(model, "compressed").values():
             assert torch.linalg.matrix_rank(delta.flatten(1)) == 1
+
+    @pytest.mark.parametrize(
+        ("ranks", "words"),
+        [({"r": -1}, ["`r`", "-1"]), ({"r": 0}, ["`r`", "0"]), ({"r": 2, "r_task": True}, ["`r_task`", "True"])],
+        ids=str,
+    )
+    def test_refuses_ranks_below_one(self, ranks, words):
+        model = two_adapters()
+        with pytest.raises(ValueError, match=saying(*words, "at least 1")):
+            compress(model, **ranks)
+        assert list(model.peft_config) == ["default", "other"]
 
     def test_needs_one_active_adapter(self):
         model = two_adapters()

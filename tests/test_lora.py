@@ -484,6 +484,9 @@ class TestFromLorasRefuses:
             (({}, "x"), ["empty"]),
             (({"two words": tmp_path / "day"}, "x"), ["'two words'"]),
             (({"day": tmp_path / "day"}, "x", None, None, None, "night"), ["modules_from", "'night'"]),
+            (({"day": tmp_path / "day"}, "x", -1), ["`r`", "-1", "at least 1"]),
+            (({"day": tmp_path / "day"}, "x", 2, 0), ["`r_out`", "0", "at least 1"]),
+            (({"day": tmp_path / "day"}, "x", 2, 2, -2), ["`r_task`", "-2", "at least 1"]),
         ):
             with pytest.raises(ValueError, match=saying(*words)):
                 from_loras(*arguments)
