@@ -181,6 +181,13 @@ def _check_alike(parts: Mapping[str, LoraFolder]) -> None:
         if part.layers.keys() != first.layers.keys():
             differing = sorted(part.layers.keys() ^ first.layers.keys())
             raise ValueError(f"The LoRAs of {first_task!r} and {task!r} differ in their layers: {differing}.")
+        for layer, pair in part.layers.items():
+            shapes = [(len(b), a.shape[1]) for a, b in (first.layers[layer], pair)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"The LoRAs of {first_task!r} and {task!r} are for layers {layer} of different shapes "
+                    f"(D_out, D_in): {shapes[0]} and {shapes[1]}."
+                )
         if part.base != first.base:
             raise ValueError(f"The LoRAs have different base models: {first.base!r} and, for {task!r}, {part.base!r}.")
 

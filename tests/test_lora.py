@@ -448,6 +448,34 @@ class TestFromLorasRefuses:
         with pytest.raises(ValueError, match=saying("lin0", "['A']")):
             from_loras({"day": tmp_path / "day"}, tmp_path / "both")
 
+    def test_a_folder_without_matrices(self, tmp_path):
+        save_lora(tmp_path / "day")
+        save_file({"base_model.model.lin1.weight": torch.zeros(2)}, tmp_path / "day" / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=saying("day", "no LoRA matrices", "lin1.weight")):
+            from_loras({"day": tmp_path / "day"}, tmp_path / "both")
+
+    def test_matrices_of_different_ranks(self, tmp_path):
+        save_lora(tmp_path / "day")
+        file = tmp_path / "day" / "adapter_model.safetensors"
+        save_file({name: x[:1] if "lora_A" in name else x for name, x in load_file(file).items()}, file)
+        with pytest.raises(ValueError, match=saying("lin0", "'lora_A': (1, 6)", "'lora_B': (9, 2)")):
+            from_loras({"day": tmp_path / "day"}, tmp_path / "both")
+
+    @pytest.mark.parametrize(("width", "shapes"), [((4, 9), "(9, 4)"), ((6, 8), "(8, 6)")], ids=["input", "output"])
+    def test_layers_of_different_shapes(self, width, shapes, tmp_path):
+        save_lora(tmp_path / "day")
+        save_lora(tmp_path / "night", build=lambda: torch.nn.ModuleDict({"lin0": torch.nn.Linear(*width)}))
+        with pytest.raises(ValueError, match=saying("'day'", "'night'", "lin0", "(9, 6)", shapes)):
+            from_loras({"day": tmp_path / "day", "night": tmp_path / "night"}, tmp_path / "both")
+
+    def test_a_head_that_does_not_say_whose_it_is(self, sam_folder, tmp_path):
+        to_lora(make_model(sam_folder), "depth", tmp_path / "depth")
+        head = tmp_path / "depth" / "head.safetensors"
+        for metadata in (None, {"format": "pt"}):
+            save_file({"a": torch.zeros(1)}, head, metadata=metadata)
+            with pytest.raises(ValueError, match=saying("head.safetensors", "does not say", "`to_lora`")):
+                from_loras({"depth": tmp_path / "depth"}, tmp_path / "all")
+
     def test_tasks_that_are_not_the_heads(self, sam_folder, images, tmp_path):
         loras, _ = save_loras(sam_folder, tmp_path, images)
         with pytest.raises(ValueError, match=saying("['depth']", "'roads'")):
