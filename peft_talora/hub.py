@@ -29,6 +29,7 @@ from transformers import SamImageProcessorPil
 
 from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
+from .tuner.convert import single_adapter
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -60,14 +61,17 @@ def save_adapter(
     checkpoint inside `folder` is named by its relative path, so that the folder can move.
 
     Args:
-        model: A `PeftModel` around an `MSamModel`, with one adapter or an active one.
+        model: A `PeftModel` around an `MSamModel`. Of its adapters the active one is written.
         folder: Where to; created if need be. An adapter that is there, with its image processor, is replaced; other
             files stay.
         image_processor: What made `pixel_values`, saved beside.
         card: Text of the model card; None leaves PEFT's.
+
+    Raises:
+        ValueError: If several adapters are active.
     """
     folder = Path(folder)
-    base, adapter = model.get_base_model(), model.active_adapters[0]
+    base, adapter = model.get_base_model(), single_adapter(model)
     with write_aside(folder, owned=ADAPTER_FILES) as aside:
         model.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
         if adapter != "default":  # PEFT gives every other name a folder of its own
@@ -241,9 +245,12 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
         model: The trained `PeftModel` around an `MSamModel`.
         results: What the training recipe wrote to `results.json`.
         repo_id: Where it will be found; None writes a placeholder.
+
+    Raises:
+        ValueError: If several adapters are active.
     """
     base = model.get_base_model()
-    method = model.peft_config[model.active_adapters[0]].peft_type.value
+    method = model.peft_config[single_adapter(model)].peft_type.value
     name = base.config._name_or_path
     metadata = ["library_name: peft", "pipeline_tag: image-segmentation"]
     metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]

@@ -135,7 +135,7 @@ def from_loras(
 
     Raises:
         ValueError: For a rank below 1, LoRAs of different layers, bases or image processors, one that is more than two
-            matrices per linear layer (DoRA, embeddings, convolutions, and so on), a missing head, or norms that differ.
+            matrices per linear layer (DoRA, embeddings, convolutions, ...), a missing head, or norms that differ.
         OSError: If a file is missing or damaged.
     """
     check_task_names(list(loras))

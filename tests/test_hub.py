@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import peft_talora
-from peft_talora import MSamModel, TALoRAConfig, files, hub, make_image_processor, save_adapter
+from peft_talora import MSamModel, TALoRAConfig, checkpoint, files, hub, make_image_processor, save_adapter
 from peft_talora.small_sam import save_small_sam
 
 TASKS = [
@@ -121,6 +121,24 @@ def test_an_adapter_of_another_name_is_saved_alike(sam_folder, images, tmp_path)
     assert files_in(tmp_path) == SAVED
     assert not (tmp_path / "mine").exists()
     assert_same_tensors(predict(peft_talora.load(tmp_path), images), predict(model, images))
+
+
+def test_several_active_adapters_are_refused(sam_folder, tmp_path):
+    model = make_model(sam_folder)
+    model.add_adapter("other", TALoRAConfig(modules_to_save=[]))  # PEFT refuses two with heads of their own
+    model.base_model.set_adapter(["default", "other"])
+    for write in (
+        lambda: save_adapter(model, tmp_path / "new"),
+        lambda: hub.model_card(model, RESULTS),
+        lambda: checkpoint.save_adapter_only([model], [], str(tmp_path)),
+        lambda: checkpoint.load_adapter_only([model], str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"\['default', 'other'\], of which one is meant.*`set_adapter`"):
+            write()
+    assert not list(tmp_path.iterdir())
+    model.set_adapter("other")
+    save_adapter(model, tmp_path)
+    assert files_in(tmp_path) == SAVED
 
 
 def test_training_can_go_on(sam_folder, tmp_path):

@@ -117,7 +117,10 @@ def compress(
 def single_adapter(model: PeftModel) -> str:
     """The active adapter. Raises ValueError if there are several."""
     if len(model.active_adapters) != 1:
-        raise ValueError(f"The active adapters are {model.active_adapters}: name one by `adapter_name`.")
+        raise ValueError(
+            f"The active adapters are {model.active_adapters}, of which one is meant here: activate it by "
+            "`set_adapter`, or name it where there is an argument `adapter_name`."
+        )
     return model.active_adapters[0]
 
 
