@@ -16,6 +16,7 @@ from tuner_cases import (
     assert_close,
     assert_visibly_different,
     config_for,
+    needs_peft_0_21,
     outputs_of_all,
     saying,
     trainable_names,
@@ -232,10 +233,15 @@ class TestTheNewAdapter:
         with pytest.raises(ValueError, match=saying("same order", *TASKS)):
             model.add_weighted_adapter(["default", "other"], [1, 1], "sum")
 
-    def test_biases_belong_to_one_adapter_only(self):
-        model = adapt(MLP_2D, bias="all")
-        with pytest.raises(ValueError, match="bias"):
-            model.add_weighted_adapter(["default"], [1], "sum")
+    @needs_peft_0_21
+    @pytest.mark.parametrize("bias", ["all", "talora_only"])
+    def test_biases_belong_to_one_adapter_only(self, bias):
+        model = adapt(MLP_2D, bias=bias)
+        before = list(model.state_dict())
+        for make in (lambda: compress(model, 2), lambda: model.add_weighted_adapter(["default"], [1], "sum")):
+            with pytest.raises(ValueError, match=saying("`bias`", f"{{'default': '{bias}'}}", "allowed: 'none'")):
+                make()
+        assert list(model.state_dict()) == before
 
 
 @pytest.fixture

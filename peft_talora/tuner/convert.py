@@ -107,7 +107,8 @@ def compress(
         The relative error per layer and overall.
 
     Raises:
-        ValueError: For a rank below 1, an unknown adapter, or a name that is taken.
+        ValueError: For a rank below 1, an unknown adapter, one with trained biases (which PEFT allows one adapter of a
+            model only), or a name that is taken.
     """
     check_ranks(r=r, r_out=r_out, r_task=r_task)
     name = single_adapter(model) if adapter_name is None else adapter_name
@@ -156,7 +157,6 @@ def add_weighted(
         first.task_names,
         qkv_parts=parts,
         modules_to_save=list(saved),
-        bias=first.bias,
         dropout=first.dropout,
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -185,6 +185,12 @@ def _check(tuner, adapters, weights, adapter_name, combination_type, modules_fro
         raise ValueError(f"`modules_from` must be None or one of {adapters}; got {modules_from!r}.")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"`adapter_name`={adapter_name!r} is taken; the adapters are {list(tuner.peft_config)}.")
+    biases = {name: tuner.peft_config[name].bias for name in adapters}
+    if set(biases.values()) != {"none"}:
+        raise ValueError(
+            f"`bias` of the adapters is {biases}; allowed: 'none'. Biases are trained in the base model itself, of which "
+            "PEFT lets one adapter only have them, so no other adapter can be made that has the same update."
+        )
     tasks = {name: tuner.peft_config[name].task_names for name in adapters}
     if any(names != tasks[adapters[0]] for names in tasks.values()):
         raise ValueError(f"Only adapters of the same tasks in the same order can be added up; got {tasks}.")
