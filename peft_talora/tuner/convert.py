@@ -188,7 +188,7 @@ def _check(tuner, adapters, weights, adapter_name, combination_type, modules_fro
     biases = {name: tuner.peft_config[name].bias for name in adapters}
     if set(biases.values()) != {"none"}:
         raise ValueError(
-            f"`bias` of the adapters is {biases}; allowed: 'none'. Biases are trained in the base model itself, of which "
+            f"`bias` of the adapters is {biases}; allowed: 'none'. Biases are trained in the base model itself, and "
             "PEFT lets one adapter only have them, so no other adapter can be made that has the same update."
         )
     tasks = {name: tuner.peft_config[name].task_names for name in adapters}
