@@ -7,6 +7,7 @@ the heads, which an adapter alone cannot), and, where known, the image processor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 HEAD_NAME = "head.safetensors"
 # What says together how an adapter is read: who writes one of these into a folder writes or deletes all of them.
 ADAPTER_FILES = [CONFIG_NAME, WEIGHTS_NAME, MSAM_CONFIG_NAME, HEAD_NAME, PROCESSOR_NAME]
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 UPLOADED = [
     "README.md",
     "adapter_config.json",
@@ -130,7 +132,7 @@ def load(
         tasks=config["tasks"],
         decoder_mode=config["decoder_mode"],
         image_size=config["image_size"],
-        dtype=getattr(torch, config["dtype"]),
+        dtype=_dtype(config["dtype"], folder),
     )
     try:
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
@@ -140,6 +142,12 @@ def load(
         raise ValueError(f"{folder / WEIGHTS_NAME} lacks the weights {error}.") from error
     _check_keys(model, folder / WEIGHTS_NAME)
     return model.train(is_trainable)
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{folder / MSAM_CONFIG_NAME}: `dtype` must be one of {list(_DTYPES)}; got {name!r}.")
+    return _DTYPES[name]
 
 
 def _check_keys(model: PeftModel, file: Path) -> None:
@@ -159,14 +167,20 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         OSError: If it is neither, or the Hub refuses it; the message says what to do.
+        ValueError: If the repository names a base checkpoint outside of itself by a relative path.
     """
     if Path(adapter).is_dir():
         return Path(adapter)
     try:
         with _explained(str(adapter)):
-            return Path(snapshot_download(str(adapter), revision=revision))
+            copy = Path(snapshot_download(str(adapter), revision=revision))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(f"{adapter} is no folder, and no repository of the Hub within reach: {error}") from error
+    for file in (copy / name for name in (CONFIG_NAME, MSAM_CONFIG_NAME)):
+        base = json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
+        if base and os.path.normpath(base).startswith(".."):
+            raise ValueError(f"{adapter}: the base checkpoint {base!r} in {file.name} leads out of the repository.")
+    return copy
 
 
 def load_image_processor(adapter: str | Path, revision: str | None = None) -> SamImageProcessorPil:

@@ -272,6 +272,14 @@ def test_the_precision_of_the_base_comes_back(sam_folder, images, tmp_path):
     assert_same_model(loaded, model, images.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", ["load", "int8", "float99"])
+def test_a_precision_that_is_none_is_named(dtype, damaged):
+    file = damaged / "msam_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": dtype}))
+    with pytest.raises(ValueError, match=rf"damaged/msam_config\.json: `dtype` must be one of \['float16'.*'{dtype}'"):
+        peft_talora.load(damaged)
+
+
 def test_a_base_that_nobody_else_has_is_not_pushed(saved):
     with pytest.raises(ValueError, match=r"is the local folder .*: put it on the Hub first"):
         peft_talora.push_to_hub(saved, "user/name")
