@@ -37,8 +37,8 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
 
     Args:
         model: A `PeftModel` with a TA-LoRA adapter, merged or not.
-        task: Name or position in the adapter's `task_names`; with an adapter of one task, which all heads share, the
-            name of any head.
+        task: Name or position in the adapter's `task_names`; with an adapter of one task, which all heads share, name
+            or position of a head.
         folder: Where to; created if need be. An adapter that is there is replaced; other files stay.
         adapter_name: The adapter; None means the active one.
 
@@ -48,12 +48,16 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
     adapter_name = single_adapter(model) if adapter_name is None else adapter_name
     config = model.peft_config.get(adapter_name)
     if config is None or config.peft_type != PeftType.TALORA:
-        raise ValueError(f"{adapter_name!r} is no TA-LoRA adapter of the model; it has {model.peft_config}.")
+        known = {name: config.peft_type.value for name, config in model.peft_config.items()}
+        raise ValueError(f"{adapter_name!r} is no TA-LoRA adapter of the model; its adapters are {known}.")
     base, folder = model.get_base_model(), Path(folder)
     heads = list(base.task_heads) if isinstance(base, MSamModel) else []
-    shared = len(config.task_names) == 1 and task in heads
-    index = 0 if shared else task_index(task, config.task_names)
-    head = task if shared else config.task_names[index]
+    names = config.task_names
+    if heads and len(names) == 1 and (task in heads or names[0] not in heads):  # all heads share the adapter
+        index, head = 0, heads[task_index(task, heads)]
+    else:
+        index = task_index(task, names)
+        head = names[index]
     layers = adapted_layers(base, adapter_name)
     in_heads = [name for name in layers if name.startswith("task_heads.")]
     if in_heads:

@@ -159,6 +159,12 @@ class TestToLora:
         to_lora(model, "normals", tmp_path)
         with safe_open(tmp_path / "head.safetensors", framework="pt") as file:
             assert '"normals"' in file.metadata()["msam_config"]
+        to_lora(model, list(TASKS).index("normals"), tmp_path / "by position")
+        heads = [folder / "head.safetensors" for folder in (tmp_path, tmp_path / "by position")]
+        assert heads[0].read_bytes() == heads[1].read_bytes()
+        for task in ("main", 3):
+            with pytest.raises(ValueError, match=saying(repr(task), str(list(TASKS)))):
+                to_lora(model, task, tmp_path)
         sam = PeftModel.from_pretrained(MSamModel.from_pretrained(sam_folder, tasks=TASKS), tmp_path)
         assert_close(sam.vision_encoder(images)[0], embed(model, images, None))
 
@@ -203,6 +209,10 @@ class TestToLora:
         with pytest.raises(ValueError, match=saying(*words)):
             to_lora(adapt(MLP_2D), task, tmp_path / "new", *adapter)
         assert not (tmp_path / "new").exists()
+
+    def test_an_unknown_adapter_is_told_by_names_alone(self, tmp_path):
+        with pytest.raises(ValueError, match=r"'absent' is no .* its adapters are \{'default': 'TALORA'\}\.$"):
+            to_lora(adapt(MLP_2D), 0, tmp_path, "absent")
 
     def test_refuses_another_method_and_layers_in_heads(self, sam_folder, tmp_path):
         lora = get_peft_model(MLP_2D.build(), LoraConfig(target_modules=["lin0"]))
