@@ -142,14 +142,12 @@ def from_loras(
             matrices per linear layer (DoRA, embeddings, convolutions, ...), a missing head, or norms that differ.
         OSError: If a file is missing or damaged.
     """
-    check_task_names(list(loras))
     check_ranks(r=r, r_out=r_out, r_task=r_task)
     if modules_from not in (None, *loras):
         raise ValueError(f"`modules_from` must be None or one of the tasks {list(loras)}; got {modules_from!r}.")
-    parts = {task: read_lora(task, path) for task, path in loras.items()}
-    _check_alike(parts)
+    parts = read_loras(loras)
     first, folder = next(iter(parts.values())), Path(folder)
-    exact = {name: Tucker.of_loras([part.layers[name] for part in parts.values()]) for name in first.layers}
+    exact = stacked(parts)
     tensors = {name: tensor.truncated((r_out or r, r, r_task)) for name, tensor in exact.items()}
     shared = parts[modules_from] if modules_from else _only_one(parts)
     heads = _heads(parts)
@@ -177,6 +175,20 @@ def from_loras(
         if processor is not None:
             (aside / PROCESSOR_NAME).write_text(processor)
     return relative_errors(exact, tensors)
+
+
+def read_loras(loras: Mapping[str, str | Path]) -> dict[str, LoraFolder]:
+    """Read a LoRA per task, all of the same layers of one base model. Raises as [`from_loras`] does."""
+    check_task_names(list(loras))
+    parts = {task: read_lora(task, path) for task, path in loras.items()}
+    _check_alike(parts)
+    return parts
+
+
+def stacked(parts: Mapping[str, LoraFolder]) -> dict[str, Tucker]:
+    """The updates of all tasks as one tensor per layer, exactly."""
+    first = next(iter(parts.values()))
+    return {name: Tucker.of_loras([part.layers[name] for part in parts.values()]) for name in first.layers}
 
 
 def _check_alike(parts: Mapping[str, LoraFolder]) -> None:

@@ -285,6 +285,8 @@ def test_an_adapter_is_converted_there_and_back_and_compressed(trained, tmp_path
     rows = [line.split() for line in convert(monkeypatch, capsys, *curve).splitlines()[1:]]
     assert [row[0] for row in rows] == ["1", "16"]
     assert float(rows[1][1]) < 1e-6 < float(rows[0][1])  # one adapter's tasks share its 16 columns
+    with pytest.raises(ValueError, match="`ranks` must be"):
+        convert(monkeypatch, capsys, *curve[:-4], 0, *curve[-3:])
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.size == (640, 360)
 
