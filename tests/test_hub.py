@@ -109,10 +109,13 @@ def test_a_moved_folder_loads_in_another_process(sam_folder, images, tmp_path):
 def test_a_base_elsewhere_is_named_in_full(sam_folder, tmp_path, monkeypatch):
     shutil.copytree(sam_folder, tmp_path / "sam")
     monkeypatch.chdir(tmp_path)
-    save_adapter(make_model("sam"), "adapter")
+    model = make_model("sam")
+    save_adapter(model, "adapter")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir("other")
-    peft_talora.load(tmp_path / "adapter")
+    loaded = peft_talora.load(tmp_path / "adapter")
+    assert loaded.get_base_model().config._name_or_path == str(tmp_path / "sam")
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
 
 
 def test_an_adapter_of_another_name_is_saved_alike(sam_folder, images, tmp_path):
