@@ -155,6 +155,64 @@ class TestEquality:
         found = outcome(compiled, inputs(torch.float64), ids=torch.tensor(IDS))
         assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected, 1e-10)
 
+    def test_when_only_backward_is_under_autocast(self, monkeypatch):
+        def gradients():
+            model, _ = adapted()
+            x = inputs().requires_grad_()
+            loss = model(x, task_ids=IDS).square().sum()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss.backward()
+            return {"input": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+        found = gradients()
+        plain(monkeypatch)
+        assert_same(found, gradients(), 3e-2)
+
+
+class TestAnyUse:
+    """What users do with a linear layer's output, shapes and transforms."""
+
+    @pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6), (6,), (0, 6), (2, 0, 6)], ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_every_shape_in_place_too(self, shape, bias, monkeypatch):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 9, bias=bias), nn.ReLU(inplace=True), nn.Linear(9, 5)).double()
+        config = TALoRAConfig(target_modules=["0"], r=4, init_weights=False)
+        model = get_peft_model(net, config, autocast_adapter_dtype=False)
+
+        def run():
+            model.zero_grad()
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+            y = model(x)
+            y += 1
+            y.square().sum().backward()
+            grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+            return {"output": y.detach(), "input": x.grad, **grads}
+
+        found = run()
+        assert found["output"].shape == (*shape[:-1], 5)
+        plain(monkeypatch)
+        for name, value in run().items():
+            torch.testing.assert_close(found[name], value)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own forward mode uses it
+    def test_transforms_of_torch_func(self):
+        model, layer = adapted(torch.float64)
+        model.set_task("edges")
+        x = inputs(torch.float64)[0, 0, 0, 0]
+        weight = layer.base_layer.weight + layer.get_delta_weight("default", "edges")
+        torch.testing.assert_close(torch.func.jacrev(layer)(x[None])[0, :, 0], weight)
+        torch.testing.assert_close(torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1], weight.sum(1))
+        rows = torch.randn(7, 1, 6, dtype=torch.float64)
+        torch.testing.assert_close(torch.func.vmap(layer)(rows), layer(rows.flatten(0, 1))[:, None])
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+    def test_tracing(self, tmp_path):
+        _, layer = adapted(task_names=["one"], r_out=4)
+        traced = torch.jit.trace(layer, inputs())
+        traced.save(tmp_path / "layer.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(inputs()), layer(inputs()))
+
 
 class TestDerivatives:
     def parameters(self):

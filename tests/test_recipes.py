@@ -188,6 +188,7 @@ def test_resuming_with_other_tasks_is_refused(small, trained):
     [
         (["--tasks", "depth", "heat"], "task 'heat': write name=channels or name=kind:channels"),
         (["--tasks", "depth", "heat=1"], "task 'heat=1': 'heat' is none of the kinds segmentation, depth"),
+        (["--tasks", "segmentation=2"], "task 'segmentation' has 2 channels; generated scenes need 10"),
         (["--task_order", "both"], "`task_order` must be 'folded', 'sequential' or 'auto'; got 'both'"),
         (["--per_device_train_batch_size", "15"], "14 training images do not fill one batch"),
     ],
