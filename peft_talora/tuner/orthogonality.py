@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .layer import TALoRALayer, _without_autocast
+from .fused import without_autocast
+from .layer import TALoRALayer
 
 
 def orthogonality_loss(model: nn.Module, adapter_name: str | None = None, squared: bool = True) -> torch.Tensor:
@@ -13,9 +14,9 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None, square
 
     The mean over layers, and over the three terms of a layer, of ‖UᵀU − I‖², ‖VᵀV − I‖² and, averaged over k,
     ‖G_kᵀG_k − I‖² (Frobenius; G_k G_kᵀ where r_out < r, as no more columns can be orthonormal). With U and V
-    orthonormal, the size of an update is that of its core. The core starts at zero, so the loss starts at a third of the
-    smaller rank: it asks of the core to grow, not only to stay. Source: the set-up of MTSAM (ICLR 2025), where the weight
-    is 0.1 to 1 and the norms are not squared.
+    orthonormal, the size of an update is that of its core. The core starts at zero, so the loss starts at a third of
+    the smaller rank: it asks of the core to grow, not only to stay. Source: the set-up of MTSAM (ICLR 2025), where the
+    weight is 0.1 to 1 and the norms are not squared.
 
     Args:
         model: A model with a TA-LoRA adapter, inside a `PeftModel` or not.
@@ -48,7 +49,7 @@ def _of_layer(layer: TALoRALayer, adapter_name: str, squared: bool) -> torch.Ten
 
 def _distance(matrices: torch.Tensor, squared: bool) -> torch.Tensor:
     """Mean over the matrices A of ‖AᵀA − I‖, in the parameters' precision even under autocast."""
-    with _without_autocast(matrices.device.type):
+    with without_autocast(matrices.device.type):
         gram = matrices.mT @ matrices
         difference = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     norms = difference.flatten(1).square().sum(1) if squared else difference.flatten(1).norm(dim=1)
