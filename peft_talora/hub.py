@@ -7,6 +7,7 @@ the heads, which an adapter alone cannot), and, where known, the image processor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,15 @@ from transformers import SamImageProcessorPil
 
 from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
+from .tuner.convert import single_adapter
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
+HEAD_NAME = "head.safetensors"
+# What says together how an adapter is read: who writes one of these into a folder writes or deletes all of them.
+ADAPTER_FILES = [CONFIG_NAME, WEIGHTS_NAME, MSAM_CONFIG_NAME, HEAD_NAME, PROCESSOR_NAME]
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 UPLOADED = [
     "README.md",
     "adapter_config.json",
@@ -57,14 +63,18 @@ def save_adapter(
     checkpoint inside `folder` is named by its relative path, so that the folder can move.
 
     Args:
-        model: A `PeftModel` around an `MSamModel`, with one adapter or an active one.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        model: A `PeftModel` around an `MSamModel`. Of its adapters the active one is written.
+        folder: Where to; created if need be. An adapter that is there, with its image processor, is replaced; other
+            files stay.
         image_processor: What made `pixel_values`, saved beside.
         card: Text of the model card; None leaves PEFT's.
+
+    Raises:
+        ValueError: If several adapters are active.
     """
     folder = Path(folder)
-    base, adapter = model.get_base_model(), model.active_adapters[0]
-    with write_aside(folder) as aside:
+    base, adapter = model.get_base_model(), single_adapter(model)
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         model.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
@@ -122,7 +132,7 @@ def load(
         tasks=config["tasks"],
         decoder_mode=config["decoder_mode"],
         image_size=config["image_size"],
-        dtype=getattr(torch, config["dtype"]),
+        dtype=_dtype(config["dtype"], folder),
     )
     try:
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
@@ -132,6 +142,12 @@ def load(
         raise ValueError(f"{folder / WEIGHTS_NAME} lacks the weights {error}.") from error
     _check_keys(model, folder / WEIGHTS_NAME)
     return model.train(is_trainable)
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{folder / MSAM_CONFIG_NAME}: `dtype` must be one of {list(_DTYPES)}; got {name!r}.")
+    return _DTYPES[name]
 
 
 def _check_keys(model: PeftModel, file: Path) -> None:
@@ -151,14 +167,20 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         OSError: If it is neither, or the Hub refuses it; the message says what to do.
+        ValueError: If the repository names a base checkpoint outside of itself by a relative path.
     """
     if Path(adapter).is_dir():
         return Path(adapter)
     try:
         with _explained(str(adapter)):
-            return Path(snapshot_download(str(adapter), revision=revision))
+            copy = Path(snapshot_download(str(adapter), revision=revision))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(f"{adapter} is no folder, and no repository of the Hub within reach: {error}") from error
+    for file in (copy / name for name in (CONFIG_NAME, MSAM_CONFIG_NAME)):
+        base = json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
+        if base and os.path.normpath(base).startswith(".."):
+            raise ValueError(f"{adapter}: the base checkpoint {base!r} in {file.name} leads out of the repository.")
+    return copy
 
 
 def load_image_processor(adapter: str | Path, revision: str | None = None) -> SamImageProcessorPil:
@@ -237,9 +259,12 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
         model: The trained `PeftModel` around an `MSamModel`.
         results: What the training recipe wrote to `results.json`.
         repo_id: Where it will be found; None writes a placeholder.
+
+    Raises:
+        ValueError: If several adapters are active.
     """
     base = model.get_base_model()
-    method = model.peft_config[model.active_adapters[0]].peft_type.value
+    method = model.peft_config[single_adapter(model)].peft_type.value
     name = base.config._name_or_path
     metadata = ["library_name: peft", "pipeline_tag: image-segmentation"]
     metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, run_python, serve
+from hub_server import TOKEN, Repository, run_python, serve
 from test_hub import RESULTS, TASKS, assert_same_tensors, files_in, make_model, predict
 
 import peft_talora
@@ -204,3 +204,29 @@ def test_an_adapter_saved_without_its_image_processor_says_so(sam_folder, tmp_pa
         OSError, match=r"preprocessor_config\.json is missing: .* `make_image_processor\(image_size\)`"
     ):
         peft_talora.load_image_processor(tmp_path)
+
+
+FETCH = """
+import sys, peft_talora
+
+for name in sys.argv[1:]:
+    try:
+        peft_talora.hub.fetch(name)
+        print("fetched")
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "msam_config.json"])
+def test_a_base_outside_of_a_repository_is_refused(file, tmp_path):
+    bases = ["base", "user/sam", "../base", "base/../../other", None]
+    with serve() as server:
+        for index, base in enumerate(bases):
+            content = json.dumps({"base_model_name_or_path": base}).encode()
+            server.repositories[f"user/a{index}"] = Repository({}, {file: content})
+        names = [f"user/a{index}" for index in range(len(bases))]
+        said = run_python(FETCH, *names, **server.environment(tmp_path / "home")).splitlines()
+    refused = "user/a{}: the base checkpoint {!r} in {} leads out of the repository."
+    wrong = [refused.format(index, bases[index], file) for index in (2, 3)]
+    assert said == ["fetched", "fetched", *wrong, "fetched"]

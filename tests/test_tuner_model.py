@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import make_sam
-from peft import PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tuner_cases import (
@@ -100,7 +100,8 @@ class TestStart:
         assert len(seen) == 1
 
     def test_more_task_ranks_than_tasks_is_quiet(self):
-        adapt(MLP_2D, r_task=4)
+        model = adapt(MLP_2D, r_task=4)  # pytest turns warnings into errors
+        assert all(layer.talora_core["default"].shape[2] == 4 for layer in adapted_layers(model))
 
     def test_task_type_warns_that_task_ids_vanish(self):
         with pytest.warns(UserWarning, match=saying("task_type=", "`task_ids`", "`set_task`")):
@@ -484,7 +485,10 @@ class TestNames:
             model.add_adapter("further", config_for(MLP_2D, task_names=["indoor", "outdoor"]))
 
     def test_adapters_name_may_lie_inside_a_module_name(self):
-        adapt(MLP_2D, adapter_name="lin")
+        model = adapt(MLP_2D, adapter_name="lin")
+        assert list(model.peft_config) == ["lin"]
+        state = get_peft_model_state_dict(model, adapter_name="lin")
+        assert len(state) == len([name for name, _ in model.named_parameters() if "talora_" in name])
 
 
 LOAD_IN_A_FRESH_PROCESS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .fused import without_autocast
 from .layer import TALoRALayer
 
 
@@ -25,13 +26,15 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None, square
     Raises:
         ValueError: If no layer has the adapter.
     """
+    layers = [module for module in model.modules() if isinstance(module, TALoRALayer)]
     losses = []
-    for layer in model.modules():
-        if isinstance(layer, TALoRALayer):
-            names = layer.active_adapters if adapter_name is None else [adapter_name]
-            losses += [_of_layer(layer, name, squared) for name in names if name in layer.talora_core]
+    for layer in layers:
+        names = layer.active_adapters if adapter_name is None else [adapter_name]
+        losses += [_of_layer(layer, name, squared) for name in names if name in layer.talora_core]
     if not losses:
-        raise ValueError(f"No TA-LoRA layer has the adapter {adapter_name or 'that is active'!r}.")
+        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
+        known = list(dict.fromkeys(name for layer in layers for name in layer.talora_core))
+        raise ValueError(f"No layer has {wanted} of TA-LoRA; the TA-LoRA adapters are {known}.")
     return torch.stack(losses).mean()
 
 
@@ -46,7 +49,7 @@ def _of_layer(layer: TALoRALayer, adapter_name: str, squared: bool) -> torch.Ten
 
 def _distance(matrices: torch.Tensor, squared: bool) -> torch.Tensor:
     """Mean over the matrices A of ‖AᵀA − I‖, in the parameters' precision even under autocast."""
-    with torch.autocast(matrices.device.type, enabled=False):
+    with without_autocast(matrices.device.type):
         gram = matrices.mT @ matrices
         difference = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     norms = difference.flatten(1).square().sum(1) if squared else difference.flatten(1).norm(dim=1)
