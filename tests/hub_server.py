@@ -125,6 +125,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             created = json.loads(body)
             name = f"{created['organization']}/{created['name']}"
+            if "answers-" in name:  # with what the name says
+                self.refuse("Failure", status=int(name.rpartition("-")[2]))
+                return
             self.server.repositories.setdefault(name, Repository(created))
             self.answer({"url": f"{self.server.url}/{name}"})
         elif self.path == "/api/validate-yaml":

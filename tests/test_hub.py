@@ -120,6 +120,7 @@ def test_a_base_elsewhere_is_named_in_full(sam_folder, tmp_path, monkeypatch):
 
 def test_an_adapter_of_another_name_is_saved_alike(sam_folder, images, tmp_path):
     model = make_model(sam_folder, adapter_name="mine")
+    model.add_adapter("further", TALoRAConfig(r=2))  # not active, so it stays behind
     save_adapter(model, tmp_path)
     assert files_in(tmp_path) == SAVED
     assert not (tmp_path / "mine").exists()
@@ -148,7 +149,7 @@ def test_training_can_go_on(sam_folder, tmp_path):
     model = make_model(sam_folder)
     save_adapter(model, tmp_path)
     again = peft_talora.load(tmp_path, is_trainable=True)
-    assert again.training
+    assert all(module.training for module in again.modules())
     trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (again, model)]
     assert trained[0] == trained[1] != []
 

@@ -38,6 +38,8 @@ token = os.environ.pop("HF_TOKEN")
 attempt("push without a token", peft_talora.push_to_hub, folder, "user/name")
 attempt("push with a wrong token", peft_talora.push_to_hub, folder, "user/name", token="hf_wrong")
 os.environ["HF_TOKEN"] = token
+for status in (400, 503):
+    attempt(f"push answered by {status}", peft_talora.push_to_hub, folder, f"user/answers-{status}")
 attempt("push that breaks off", peft_talora.push_to_hub, folder, "user/name")
 attempt("load what broke off", peft_talora.load, "user/name")
 os.environ["HF_TOKEN"] = "hf_wrong"
@@ -132,6 +134,7 @@ def test_401_names_the_repository_and_what_to_do(visit, doing, token):
     assert kind == "OSError"
     assert message.startswith("user/name: the Hub answered 401: the access token is missing or wrong")
     assert "hf auth login" in message
+    assert ("Invalid credentials" in message) is (token == "with a wrong token")  # the Hub got to see it
     assert TOKEN not in message
 
 
@@ -146,6 +149,13 @@ def test_404_names_the_repository_of_a_revision(visit, what):
     kind, message = visit.said[what]
     assert kind == "OSError"
     assert message.startswith("user/name: the Hub answered 404: there is no such repository or revision")
+
+
+@pytest.mark.parametrize(("status", "advice"), [(400, "the request was refused"), (503, "try again later")])
+def test_only_a_server_s_own_failure_is_worth_another_try(visit, status, advice):
+    kind, message = visit.said[f"push answered by {status}"]
+    assert kind == "OSError"
+    assert message.startswith(f"user/answers-{status}: the Hub answered {status}: {advice}")
 
 
 def test_an_interrupted_upload_leaves_nothing_half_committed_and_can_be_repeated(visit):
