@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import SamImageProcessorPil
 
 from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
+from .msam_config import checkpoint_type
+from .tuner import TALoRAModel
 from .tuner.convert import single_adapter
 
 MSAM_CONFIG_NAME = "msam_config.json"
@@ -79,7 +81,7 @@ def save_adapter(
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
                 file.rename(aside / file.name)
-        rebuild = rebuild_config(base, folder)
+        rebuild = rebuild_config(base, folder, _heads_of(model, adapter))
         base_path = rebuild["base_model_name_or_path"]
         adapter_config = json.loads((aside / CONFIG_NAME).read_text())
         write_json(aside / CONFIG_NAME, {**adapter_config, "base_model_name_or_path": base_path})
@@ -90,15 +92,23 @@ def save_adapter(
             (aside / "README.md").write_text(card)
 
 
-def rebuild_config(base: MSamModel, folder: Path) -> dict[str, Any]:
-    """What `msam_config.json` in `folder` says: all that rebuilds the model around an adapter."""
+def rebuild_config(base: MSamModel, folder: Path, heads: Collection[str] | None = None) -> dict[str, Any]:
+    """What `msam_config.json` in `folder` says: all that rebuilds the model around an adapter with these heads."""
     return {
         "base_model_name_or_path": locate(base.config._name_or_path, folder),
         "decoder_mode": base.config.decoder_mode,
         "dtype": str(base.dtype).removeprefix("torch."),
         "image_size": base.config.vision_config.image_size,
-        "tasks": base.config.tasks,
+        "tasks": [entry for entry in base.config.tasks if heads is None or entry["name"] in heads],
     }
+
+
+def _heads_of(model: PeftModel, adapter: str) -> set[str]:
+    """The heads that an adapter serves or has weights of; others may be there for other adapters alone."""
+    heads, tuner = model.get_base_model().task_heads, model.base_model
+    served = tuner.task_state.served(adapter) if isinstance(tuner, TALoRAModel) else heads
+    wrapped = {name: head for name, head in heads.items() if isinstance(head, ModulesToSaveWrapper)}
+    return {*served, *(name for name, head in wrapped.items() if adapter in head.modules_to_save)}
 
 
 def load(
@@ -117,7 +127,11 @@ def load(
 
     Raises:
         OSError: If a file is missing or damaged; the message names it.
-        ValueError: If base and adapter do not belong together.
+        ValueError: If base and adapter do not belong together, or a head was added or renamed that neither has
+            weights of.
+
+    Where the base is a saved mSAM whose tasks are not the adapter's (which has grown, say), its heads are brought into
+    line. The original of a head that it lacks, which is seen while the adapter is disabled, is a copy of its first.
     """
     folder = fetch(adapter, revision)
     config = _read_json(folder / MSAM_CONFIG_NAME)
@@ -127,13 +141,7 @@ def load(
         if not base:
             raise ValueError(f"{folder} names no base checkpoint, as its model had none: give `base`.")
         base = folder / base if (folder / base).is_dir() else base
-    model = MSamModel.from_pretrained(
-        base,
-        tasks=config["tasks"],
-        decoder_mode=config["decoder_mode"],
-        image_size=config["image_size"],
-        dtype=_dtype(config["dtype"], folder),
-    )
+    model, new_heads = _load_base(base, config, folder)
     try:
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except RuntimeError as error:  # how PyTorch reports weights of another shape
@@ -141,7 +149,27 @@ def load(
     except KeyError as error:  # how PEFT reports missing weights of `modules_to_save`
         raise ValueError(f"{folder / WEIGHTS_NAME} lacks the weights {error}.") from error
     _check_keys(model, folder / WEIGHTS_NAME)
+    for name in new_heads:
+        if not isinstance(model.get_base_model().task_heads[name], ModulesToSaveWrapper):
+            raise ValueError(
+                f"The base {base} has no head for {name!r}, and the adapter {adapter} holds no weights of one: where "
+                "heads are added or renamed, the adapter must train them (`modules_to_save`)."
+            )
     return model.train(is_trainable)
+
+
+def _load_base(base: str | Path, config: Mapping[str, Any], folder: Path) -> tuple[MSamModel, list[str]]:
+    """The mSAM of an adapter, and the names of the heads for which its base, a saved mSAM, has no weights."""
+    saved = checkpoint_type(base, {}) == "msam"
+    model = MSamModel.from_pretrained(
+        base,
+        tasks=None if saved else config["tasks"],
+        decoder_mode=config["decoder_mode"],
+        image_size=config["image_size"],
+        dtype=_dtype(config["dtype"], folder),
+    )
+    changed = model.config.tasks != config["tasks"]
+    return model, model.set_task_heads(config["tasks"]) if changed else []
 
 
 def _dtype(name: str, folder: Path) -> torch.dtype:

@@ -231,11 +231,40 @@ class MSamModel(SamPreTrainedModel):
             self.task_objects[name] = kind
         else:
             make_task(**entries[-1])  # refuses a kind that is not known, and channels that do not fit it
-        with torch.device("meta"):
-            head = MSamTaskHead(self.config.mask_decoder_config, entries[-1]["channels"], self.config.decoder_mode)
-        head.start_from(start)
-        self.task_heads[name] = head.train(start.training)
+        self.task_heads[name] = self._new_head(entries[-1], start)
         self.config.tasks = entries
+
+    def _new_head(self, entry: dict[str, Any], start: MSamTaskHead) -> MSamTaskHead:
+        with torch.device("meta"):
+            head = MSamTaskHead(self.config.mask_decoder_config, entry["channels"], self.config.decoder_mode)
+        head.start_from(start)
+        return head.train(start.training)
+
+    def set_task_heads(self, tasks) -> list[str]:
+        """Predict these tasks, in this order: heads of the same tasks are kept, new ones start from the first head.
+
+        Args:
+            tasks: as in `from_pretrained`.
+
+        Returns:
+            The names of the new heads.
+
+        Raises:
+            ValueError: for tasks that are not allowed, or while a task's update is merged.
+        """
+        self._check_nothing_merged()
+        entries, start = task_entries(tasks), next(iter(self.task_heads.values()))
+        new = [entry for entry in entries if entry not in self.config.tasks]
+        heads = {
+            entry["name"]: self._new_head(entry, start) if entry in new else self.task_heads[entry["name"]]
+            for entry in entries
+        }
+        self.task_heads.clear()
+        self.task_heads.update(heads)
+        kept = {entry["name"] for entry in entries if entry not in new}
+        self.task_objects = {name: task for name, task in self.task_objects.items() if name in kept}
+        self.config.tasks = entries
+        return [entry["name"] for entry in new]
 
     def remove_task_head(self, name: str) -> None:
         """Predict a task no more; later tasks move up. ValueError if it is unknown or the only one, or when merged."""

@@ -339,7 +339,7 @@ class TestRemove:
 
     def test_positions_move_up(self, model, images):
         by_name = model(pixel_values=images, task_ids=["normals", "depth"]).logits
-        model.remove_task(0)
+        model.remove_task("segmentation")
         by_position = model(pixel_values=images, task_ids=torch.tensor([1, 0])).logits
         for task, values in by_name.items():
             assert torch.equal(by_position[task], values)
@@ -393,6 +393,58 @@ class TestSave:
         left = [task for task in tasks if task != "depth"]
         expected = logits_of(loaded, images, left)
         assert_equal_logits(logits_of(load(tmp_path), images, left), expected)
+
+    @pytest.mark.parametrize(
+        ("change", "tasks"),
+        [
+            (lambda model: model.add_task("edges", channels=1), [*OLD, "edges"]),
+            (lambda model: model.rename_task("depth", "range"), ["segmentation", "range", "normals"]),
+            (lambda model: model.remove_task("segmentation"), ["depth", "normals"]),
+            (
+                lambda model: model.remove_task("depth") or model.add_task("depth", channels=1),
+                [*OLD[:1], "normals", "depth"],
+            ),
+        ],
+        ids=["add", "rename", "remove", "replace"],
+    )
+    def test_a_changed_adapter_of_a_saved_msam_comes_back(self, sam_folder, images, tmp_path, change, tasks):
+        MSamModel.from_pretrained(sam_folder, tasks=HEADS).save_pretrained(tmp_path / "base")
+        base = MSamModel.from_pretrained(tmp_path / "base")
+        model = get_peft_model(base, TALoRAConfig(r=4, init_weights=False)).eval()
+        change(model)
+        scramble(model)
+        expected = logits_of(model, images, tasks)
+        save_adapter(model, tmp_path / "adapter")
+        loaded = load(tmp_path / "adapter")
+        assert loaded.task_names == list(loaded.get_base_model().task_heads) == tasks
+        assert_equal_logits(logits_of(loaded, images, tasks), expected)
+        assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+    def test_a_head_that_nobody_saved_is_named(self, sam_folder, tmp_path):
+        MSamModel.from_pretrained(sam_folder, tasks=HEADS).save_pretrained(tmp_path / "base")
+        base = MSamModel.from_pretrained(tmp_path / "base")
+        model = get_peft_model(base, TALoRAConfig(r=4, modules_to_save=[]))
+        save_adapter(model, tmp_path / "adapter")
+        load(tmp_path / "adapter")
+        model.rename_task("depth", "range")
+        save_adapter(model, tmp_path / "adapter")
+        with pytest.raises(
+            ValueError, match=saying("no head for 'range'", "`modules_to_save`", str(tmp_path / "base"))
+        ):
+            load(tmp_path / "adapter")
+
+    def test_parameters_come_back_in_the_same_order(self, model, images, tmp_path):
+        """An optimiser's saved state knows parameters by their positions."""
+        model.add_task("angles", kind="normals", channels=3)  # sorts before the others
+        model.rename_task("depth", "range")
+        model.remove_task("segmentation")
+        model.add_task("segmentation", channels=2)
+        save_adapter(model, tmp_path)
+        loaded = load(tmp_path, is_trainable=True)
+        assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert_equal_logits(
+            logits_of(loaded.eval(), images, ["angles", "range"]), logits_of(model, images, ["angles", "range"])
+        )
 
     def test_bare_suffixes_in_modules_to_save(self, sam_folder, images, tmp_path):
         """A user's own short names, which would match other heads, or none, after a change."""
@@ -495,6 +547,63 @@ class TestSeveralAdapters:
             assert "task_heads.range" in two.peft_config[adapter].modules_to_save
             assert list(two(pixel_values=images).logits) == ["segmentation", "range", "normals"]
 
+    def test_a_head_of_another_adapter_alone(self, two, images, tmp_path):
+        two.add_task("edges", channels=1)
+        two.rename_task("edges", "borders")
+        two.set_adapter("second")
+        assert list(two(pixel_values=images).logits) == OLD
+        expected = logits_of(two, images, OLD)
+        save_adapter(two, tmp_path)
+        assert load(tmp_path).get_base_model().task_names == OLD
+        assert_equal_logits(logits_of(load(tmp_path), images, OLD), expected)
+        two.delete_adapter("default")
+        assert two.get_base_model().task_names == two.base_model.task_state.head_names == OLD
+        assert_equal_logits(logits_of(two, images, OLD), expected)
+        with two.disable_adapter():
+            assert list(two(pixel_values=images).logits) == OLD
+
+    def test_heads_that_growing_did_not_make_stay(self, two):
+        two.add_task("edges", channels=1)
+        two.add_task("edges", adapter_name="second")
+        two.remove_task("depth", adapter_name="second")
+        two.set_adapter("second")
+        two.delete_adapter("default")
+        assert two.get_base_model().task_names == [*OLD, "edges"]
+
+    def test_an_adapter_of_some_heads_comes_back(self, sam_folder, images, tmp_path):
+        model = make_model(sam_folder, task_names=["depth", "segmentation"])
+        assert model.peft_config["default"].modules_to_save == ["task_heads.segmentation", "task_heads.depth"]
+        assert list(model(pixel_values=images).logits) == ["segmentation", "depth"]
+        save_adapter(model, tmp_path)
+        loaded, tasks = load(tmp_path), ["depth", "segmentation"]
+        assert list(loaded(pixel_values=images).logits) == ["segmentation", "depth"]
+        assert_equal_logits(logits_of(loaded, images, tasks), logits_of(model, images, tasks))
+
+    def test_one_task_is_left_beside_another_adapter(self, two, images):
+        expected = logits_of(two, images, ["depth", "normals"])["depth alone"]
+        two.remove_task("segmentation")
+        two.remove_task("normals")
+        assert list(two(pixel_values=images).logits) == ["depth"]
+        assert_close(two(pixel_values=images).logits["depth"], expected)
+        with pytest.raises(ValueError, match=saying("Unknown task 'normals'", "['depth']")):
+            two(pixel_values=images, tasks=["normals"])
+        two.add_task("normals")
+        assert two.peft_config["default"].task_names == ["depth", "normals"]
+        assert list(two(pixel_values=images).logits) == ["depth", "normals"]
+        two.add_adapter("shared", TALoRAConfig(task_names=["everything"], modules_to_save=[]))
+        for call in (lambda: two.add_task("everything", channels=1), lambda: two.rename_task("depth", "everything")):
+            with pytest.raises(ValueError, match=saying("Duplicate", "everything")):
+                call()
+
+    def test_a_head_more_makes_no_adapter_shared(self, sam_folder, images):
+        base = MSamModel.from_pretrained(sam_folder, tasks={"depth": 1})
+        model = get_peft_model(base, TALoRAConfig(r=4, r_task=2, init_weights=False)).eval()
+        model.add_adapter("second", TALoRAConfig(r=4, r_task=2, init_weights=False))
+        assert not base.task_conditional
+        model.add_task("normals", channels=3)
+        model.set_adapter("second")
+        assert list(model(pixel_values=images).logits) == ["depth"]
+
     def test_without_heads_the_lists_are_independent(self):
         model = adapt(MLP_2D)
         model.add_adapter("second", config_for(MLP_2D))
@@ -554,7 +663,9 @@ class TestErrors:
         before = snapshot(model)
         for call, words in [
             (lambda: model.remove_task("edges"), ["Unknown task 'edges'", "normals"]),
-            (lambda: model.remove_task(3), ["index 3", "normals"]),
+            (lambda: model.remove_task(0), ["by name; got 0", "normals"]),
+            (lambda: model.rename_task(0, "new"), ["by name; got 0", "normals"]),
+            (lambda: model.train_only([3]), ["index 3", "normals"]),
             (lambda: model.rename_task("edges", "borders"), ["Unknown task 'edges'", "normals"]),
             (lambda: model.rename_task("depth", "normals"), ["Duplicate", "normals"]),
             (lambda: model.rename_task("depth", "default"), ["'default' is not allowed"]),

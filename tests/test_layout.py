@@ -24,7 +24,7 @@ ALLOWED = {
     "small_sam": {"files"},
     "version": set(),
     "files": set(),
-    "hub": {"files", "msam", "tuner"},
+    "hub": {"files", "msam", "msam_config", "tuner"},
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "metrics", "tasks"},

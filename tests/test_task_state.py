@@ -26,6 +26,7 @@ from tuner_cases import (
     folded,
     gradients,
     saying,
+    trainable_names,
 )
 
 from peft_talora.tuner import TALoRAConfig, set_task, use_task
@@ -481,6 +482,41 @@ class TestUseTask:
         with pytest.raises(ValueError, match="'second'"):
             model(x)
 
+    def test_what_is_restored_is_a_task_not_a_position(self):
+        model, x = adapt(MLP_2D), MLP_2D.inputs()
+        model.set_task("edges")
+        expected = model(x)
+        with use_task(model, "normals"):
+            model.remove_task("depth")
+            model.rename_task("edges", "borders")
+        assert torch.equal(model(x), expected)
+        with use_task(model, "normals"), use_task(model, "normals"):
+            model.remove_task("borders")
+            model.add_task("borders", init="copy:normals")
+        with pytest.raises(ValueError, match="none is selected"):
+            model(x)
+
+    def test_an_adapter_that_was_replaced_has_no_choice(self):
+        model, x = adapt(MLP_2D), MLP_2D.inputs()
+        model.add_adapter("second", config_for(MLP_2D))
+        model.set_task("edges", "second")
+        with use_task(model, "depth"):
+            model.delete_adapter("second")
+            model.add_adapter("second", config_for(MLP_2D))
+        model.set_adapter("second")
+        with pytest.raises(ValueError, match="none is selected"):
+            model(x)
+
+    def test_a_merged_model_is_unmerged(self):
+        model, x = adapt(MLP_2D), MLP_2D.inputs()
+        model.set_task("depth")
+        expected = model(x)
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="Unmerging the model first"), use_task(model, "edges"):
+            assert_visibly_different(model(x), expected)
+        assert_close(model(x), expected)
+        assert not any(layer.merged for layer in adapted_layers(model))
+
 
 class Heads(nn.Module):
     """A base model with a head per task, as the contract of `TALoRAModel` has it."""
@@ -565,8 +601,12 @@ class TestHeads:
             actual = other(images, task_ids=ids)
             assert torch.equal(actual, model(images, task_ids=ids))
             assert_close(actual, torch.stack([expected["edges"][0], expected["normals"][1]]))
-        other.set_task(0)  # a position in the adapter's own list
-        assert list(other(images)) == ["edges"]
+        other.set_task(0)  # a head's too
+        assert list(other(images)) == ["normals"]
+        other.train_only([0])
+        assert {name.split(".")[-1] for name in trainable_names(other) if "talora" in name} == {"normals"}
+        other.merge_adapter()
+        assert other.get_base_model().merged_task == "normals"
 
     def test_task_without_a_row(self, images):
         model = adapt_heads(task_names=["edges", "depth"])
@@ -574,6 +614,34 @@ class TestHeads:
         for ids in (["edges", "normals"], [2, 0], torch.tensor([2, 0])):
             with pytest.raises(ValueError, match=saying("'normals'", "['edges', 'depth']")):
                 model(images, task_ids=ids)
+
+    def test_an_adapter_of_one_head_serves_it_alone(self, images):
+        model = adapt_heads(task_names=["depth"], alpha=64)
+        outputs = model(images)
+        assert list(outputs) == list(model(images, tasks=None)) == ["depth"]
+        assert_close(model(images, task_ids=["depth"] * BATCH), outputs["depth"])
+        for call in ({"tasks": ["normals"]}, {"tasks": ["depth", "normals"]}, {"task_ids": ["depth", "normals"]}):
+            with pytest.raises(ValueError, match=saying("'normals'", "['depth']")):
+                model(images, **call)
+        with model.disable_adapter():
+            base = model(images)
+        assert list(base) == ["normals", "depth", "edges"]
+        assert_visibly_different(base["depth"], outputs["depth"])
+        model.merge_adapter()
+        assert model.get_base_model().merged_task == "depth"
+        assert_close(model(images)["depth"], outputs["depth"])
+        with pytest.raises(ValueError, match="only depth"):
+            model(images, tasks=["normals"])
+
+    def test_no_tasks_means_those_that_are_served(self, images):
+        model = adapt_heads(task_names=["edges", "normals"])
+        assert list(model(images)) == ["normals", "edges"]  # in the order of the heads
+        model.add_adapter("second", TALoRAConfig(task_names=["edges", "depth"], target_modules=["proj"]))
+        model.add_adapter("third", TALoRAConfig(task_names=["all"], target_modules=["lin1"], modules_to_save=[]))
+        model.set_adapter("third")
+        assert list(model(images)) == ["normals", "depth", "edges"]
+        model.base_model.set_adapter(["default", "third"])
+        assert list(model(images)) == ["normals", "edges"]
 
     def test_chosen_task_is_what_no_tasks_means(self, images):
         model = adapt_heads()

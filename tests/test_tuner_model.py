@@ -144,13 +144,35 @@ class TestTargets:
             adapt(MLP_2D, r=7, r_out=7)
         adapt(MLP_2D, r=7, r_out=4, rank_pattern={"lin0": 6, "lin1": 5})
 
-    def test_second_attempt_after_an_error_works(self):
-        """An error half-way leaves adapted layers behind; the next adapter must still be reachable."""
+    @pytest.mark.parametrize("inject", [get_peft_model, lambda base, config: inject_adapter_in_model(config, base)])
+    def test_an_error_half_way_leaves_the_base_as_it_was(self, inject):
         base = make_mlp()
+        layers, parameters = list(base.children()), dict(base.named_parameters())
         with pytest.raises(ValueError, match="lin1: "):
-            get_peft_model(base, config_for(MLP_2D, r=4, r_out=4, rank_pattern={"lin1": 8}))
-        with pytest.warns(UserWarning, match="for a second time"):
-            model = get_peft_model(base, config_for(MLP_2D))
+            inject(base, config_for(MLP_2D, r=4, r_out=4, rank_pattern={"lin1": 8}))
+        assert list(base.children()) == layers
+        assert dict(base.named_parameters()) == parameters
+        assert trainable_names(base) == set(parameters)
+        assert not base._forward_pre_hooks
+        assert not base._forward_hooks
+        model = get_peft_model(base, config_for(MLP_2D))
+        assert_visibly_different(*outputs_of(MLP_2D, model))
+
+    @pytest.mark.parametrize("targets", [["lin0", "lin1"], ["lin1"]])
+    def test_an_error_half_way_leaves_the_other_adapter_as_it_was(self, targets):
+        model = adapt(MLP_2D, target_modules=["lin0"])
+        names, trainable, expected = list(model.state_dict()), trainable_names(model), outputs_of(MLP_2D, model)
+        bad = config_for(MLP_2D, target_modules=targets, task_names=["a", "b"], rank_pattern={"lin1": 8})
+        with pytest.raises(ValueError, match="lin1: "):
+            model.add_adapter("bad", bad)
+        state = model.base_model.task_state
+        assert state.layers == adapted_layers(model)
+        assert list(state.task_names) == list(model.peft_config) == ["default"]
+        assert list(model.state_dict()) == names
+        assert trainable_names(model) == trainable
+        assert_equal_outputs(MLP_2D, model, expected)
+        model.add_adapter("bad", config_for(MLP_2D, target_modules=targets))
+        model.set_adapter("bad")
         assert_visibly_different(*outputs_of(MLP_2D, model))
 
     def test_rank_pattern_sets_both_ranks(self):

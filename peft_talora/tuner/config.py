@@ -43,7 +43,8 @@ class TALoRAConfig(PeftConfig):
 
     Args:
         task_names: The tasks, in the order in which an index means them. None takes the model's `task_heads`, or else
-            the one task `"main"`, which needs no selecting. An adapter of one task is shared by all heads.
+            the one task `"main"`, which needs no selecting. An adapter of one task whose name is that of no head is
+            shared by all heads; any other serves the heads of its own tasks and no others.
         r: Rank of the input factor, and of the output factor unless `r_out` says otherwise.
         r_out: Rank of the output factor. None means `r`.
         r_task: Rank of the task factor. None means the number of tasks up to four, else 4. With `r_task` equal to the
@@ -67,8 +68,8 @@ class TALoRAConfig(PeftConfig):
         rank_pattern: Ranks of single layers, by name or regular expression: a number sets `r` and `r_out` of that
             layer, a list `[r, r_out]` each of them.
         alpha_pattern: The same for `alpha`.
-        modules_to_save: Modules trained in full and saved with the adapter. None takes the model's `task_heads`; a
-            list is taken as it is, so name the heads in it as well (`"task_heads.depth"`).
+        modules_to_save: Modules trained in full and saved with the adapter. None takes the heads that the adapter
+            serves; a list is taken as it is, so name the heads in it as well (`"task_heads.depth"`).
         bias: Which biases are trained: `"none"`, `"all"` or `"talora_only"`.
 
     Raises:

@@ -1,8 +1,8 @@
 """Growing: tasks are added to an adapter, removed and renamed; and what the tasks of an adapter have in common.
 
 A task is a row in every adapted layer and, on a base with `task_heads`, a head, of which PEFT's `ModulesToSaveWrapper`
-holds a copy per adapter. An adapter of one task that serves several heads has one update for all of them, so there a
-task is a head alone. Everything is checked before anything is changed.
+holds a copy per adapter. An adapter that all heads share (its one task is called as none of them) has one update
+for all of them, so there a task is a head alone. Everything is checked before anything is changed.
 
 Axes: L layers, T tasks, K rank of the task factor, O R ranks of the output and the input factor.
 """
@@ -61,12 +61,6 @@ def find_adapter(state: TaskState, adapter_name: str | None) -> str:
     return adapter_name
 
 
-def known_tasks(state: TaskState, adapter_name: str) -> list[str]:
-    """The tasks that an adapter serves: its own or, if it is shared by several heads, those of the heads."""
-    own = state.task_names[adapter_name]
-    return state.head_names if _is_shared(state, adapter_name) else own
-
-
 def add_task(
     state: TaskState,
     configs: dict[str, TALoRAConfig],
@@ -78,9 +72,9 @@ def add_task(
 ) -> None:
     """See [`TALoRAModel.add_task`]; `head` holds the arguments that only a head needs."""
     adapter_name = find_adapter(state, adapter_name)
-    shared, known = _is_shared(state, adapter_name), known_tasks(state, adapter_name)
+    shared, known = state.is_shared(adapter_name), state.served(adapter_name)
     _check_unmerged(state)
-    _check_name(name, known, configs)
+    _check_name(name, [*known, *_shared_names(state, known)], configs)
     source = _find_source(init, known)
     if state.head_names is None and head != dict.fromkeys(head):
         raise ValueError(
@@ -103,13 +97,12 @@ def add_task(
     state.sync()
 
 
-def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str | int, adapter_name: str | None) -> None:
+def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str, adapter_name: str | None) -> None:
     """See [`TALoRAModel.remove_task`]."""
     adapter_name = find_adapter(state, adapter_name)
-    shared, known = _is_shared(state, adapter_name), known_tasks(state, adapter_name)
+    shared, known = state.is_shared(adapter_name), state.served(adapter_name)
     _check_unmerged(state)
-    index = task_index(name, known)
-    name = known[index]
+    index = _index_of_name(name, known)
     if len(known) == 1:
         raise ValueError(f"{name!r} is the only task of adapter {adapter_name!r}; `delete_adapter` deletes it whole.")
     if state.head_names is not None:
@@ -126,20 +119,23 @@ def remove_task(state: TaskState, configs: dict[str, TALoRAConfig], name: str | 
 
 
 def rename_task(
-    state: TaskState, configs: dict[str, TALoRAConfig], old: str | int, new: str, adapter_name: str | None
+    state: TaskState, configs: dict[str, TALoRAConfig], old: str, new: str, adapter_name: str | None
 ) -> None:
     """See [`TALoRAModel.rename_task`]."""
     adapter_name = find_adapter(state, adapter_name)
     _check_unmerged(state)
     heads = state.head_names or []
-    known = list(dict.fromkeys([*heads, *state.task_names[adapter_name]]))
-    old = known[task_index(old, known)]
+    _index_of_name(old, list(dict.fromkeys([*heads, *state.task_names[adapter_name]])))
     renamed = [n for n, own in state.task_names.items() if old in own and (n == adapter_name or old in heads)]
-    for taken in (heads, *(state.task_names[name] for name in renamed)):
+    for taken in (
+        [*heads, *(_shared_names(state, heads) if old in heads else [])],
+        *(state.task_names[name] for name in renamed),
+    ):
         _check_name(new, taken, configs)
     if old in heads:
         state.base.rename_task_head(old, new)
         state.head_names[heads.index(old)] = new
+        state.grown_heads = {new if name == old else name for name in state.grown_heads}
         _list_saved_modules(state, configs)
     for name in renamed:
         for layer in _layers_with(state, name):
@@ -150,17 +146,28 @@ def rename_task(
         tasks[:] = [new if task == old else task for task in tasks]
 
 
-def choose_trained(state: TaskState, tasks: str | list[str] | None, adapter_name: str | None) -> None:
+def drop_unserved_heads(state: TaskState, configs: dict[str, TALoRAConfig]) -> None:
+    """Drop the heads that growing made and that no adapter serves any more; while merged, heads stay."""
+    served = {task for name in state.task_names for task in state.served(name)}
+    unserved = [name for name in state.head_names or [] if name in state.grown_heads - served]
+    if not unserved or any(layer.merged for layer in state.layers):
+        return
+    for name in unserved:
+        _drop_head(state, name)
+    _list_saved_modules(state, configs)
+
+
+def choose_trained(state: TaskState, tasks: str | list[str | int] | None, adapter_name: str | None) -> None:
     """See [`TALoRAModel.train_only`]."""
     adapter_name = find_adapter(state, adapter_name)
     _check_unmerged(state)
-    known = known_tasks(state, adapter_name)
-    indices = [task_index(task, known) for task in ([tasks] if isinstance(tasks, str) else tasks or [])]
-    if tasks is not None and not indices:
+    known = state.served(adapter_name)
+    names = [state.task_name(task, known) for task in ([tasks] if isinstance(tasks, str) else tasks or [])]
+    if tasks is not None and not names:
         raise ValueError(f"`tasks` is empty; name some of {known}, or give None to train the whole adapter.")
     state.trained_only.pop(adapter_name, None)
     if tasks is not None:
-        state.trained_only[adapter_name] = [known[index] for index in indices]
+        state.trained_only[adapter_name] = names
 
 
 @torch.no_grad()
@@ -202,11 +209,6 @@ def _cosines(inner_TT: torch.Tensor) -> torch.Tensor:
     return (inner_TT / (norms_T[..., None] * norms_T[..., None, :])).clamp(-1, 1)
 
 
-def _is_shared(state: TaskState, adapter_name: str) -> bool:
-    own = state.task_names[adapter_name]
-    return state.head_names is not None and len(own) == 1 and own != state.head_names
-
-
 def _layers_with(state: TaskState, adapter_name: str) -> list[TALoRALayer]:
     return [layer for layer in state.layers if adapter_name in layer.talora_core]
 
@@ -217,10 +219,22 @@ def _check_unmerged(state: TaskState) -> None:
         raise ValueError(f"Tasks cannot change while adapters {merged} are merged; call `unmerge_adapter` first.")
 
 
+def _index_of_name(name: str, known: list[str]) -> int:
+    if not isinstance(name, str):
+        raise ValueError(f"Tasks are removed and renamed by name; got {name!r}, and the tasks are {known}.")
+    return task_index(name, known)
+
+
 def _check_name(name: str, taken: list[str], configs: dict[str, TALoRAConfig]) -> None:
     check_task_names([*taken, name])
     if name in configs:
         raise ValueError(f"Task name {name!r} is not allowed: an adapter has this name.")
+
+
+def _shared_names(state: TaskState, known: list[str]) -> list[str]:
+    """Names that no head may get: those of the adapters that all heads share tell that they do."""
+    own = {state.task_names[name][0] for name in state.task_names if state.is_shared(name)}
+    return sorted(own - set(known))
 
 
 def _find_source(init: str, known: list[str]) -> str | None:
@@ -249,9 +263,10 @@ def _set_names(state: TaskState, configs: dict[str, TALoRAConfig], adapter_name:
 
 
 def _drop_from_selection(state: TaskState, adapter_name: str, index: int) -> None:
-    selected = state.selected.pop(adapter_name, None)
-    if selected is not None and int(selected) != index:
-        state.selected[adapter_name] = selected - int(int(selected) > index)
+    for choice in (state.selected, *state.suspended):
+        selected = choice.pop(adapter_name, None)
+        if selected is not None and int(selected) != index:
+            choice[adapter_name] = selected - int(int(selected) > index)
 
 
 def _add_head(state: TaskState, adapter_name: str, name: str, arguments: dict[str, Any], source: str | None) -> None:
@@ -262,6 +277,7 @@ def _add_head(state: TaskState, adapter_name: str, name: str, arguments: dict[st
     if name not in heads:
         state.base.add_task_head(name, start=original, **arguments)
         state.head_names.append(name)
+        state.grown_heads.add(name)
     elif arguments != dict.fromkeys(arguments):
         raise ValueError(f"The model has a head for {name!r}: leave out `kind` and `channels`; got {arguments}.")
     heads = state.base.task_heads
@@ -280,15 +296,20 @@ def _add_head(state: TaskState, adapter_name: str, name: str, arguments: dict[st
 
 def _remove_head(state: TaskState, adapter_name: str, name: str) -> None:
     """The head goes with the last adapter that serves it; until then, only the adapter's copy of it."""
-    others = [other for other in state.task_names if other != adapter_name and name in known_tasks(state, other)]
+    others = [other for other in state.task_names if other != adapter_name and name in state.served(other)]
     head = state.base.task_heads[name]
     if not others:
-        state.base.remove_task_head(name)
-        state.head_names.remove(name)
-    elif _is_shared(state, adapter_name):
+        _drop_head(state, name)
+    elif state.is_shared(adapter_name):
         raise ValueError(f"The head of {name!r} cannot be removed: adapters {others} serve it too.")
     elif isinstance(head, ModulesToSaveWrapper):
         head.delete_adapter(adapter_name, [other for other in head.active_adapters if other != adapter_name])
+
+
+def _drop_head(state: TaskState, name: str) -> None:
+    state.base.remove_task_head(name)
+    state.head_names.remove(name)
+    state.grown_heads.discard(name)
 
 
 def _whole_head(head: nn.Module, adapter_name: str | None = None) -> nn.Module:

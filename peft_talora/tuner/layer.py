@@ -59,7 +59,6 @@ class TALoRALayer(BaseTunerLayer):
         self.talora_core = nn.ParameterDict()
         self.talora_task = nn.ModuleDict()
         self.task_state = task_state
-        task_state.layers.append(self)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.merged_tasks: dict[str, int] = {}
@@ -142,7 +141,7 @@ class TALoRALayer(BaseTunerLayer):
         like = next(iter(rows.values()))
         row = torch.zeros_like(like) if source is None else rows[source].detach().clone()
         trains = adapter_name in self.active_adapters and not self.disable_adapters
-        rows[task] = nn.Parameter(row, requires_grad=trains)
+        _replace_rows(rows, {**rows, task: nn.Parameter(row, requires_grad=trains)})
 
     def remove_row(self, adapter_name: str, task: str) -> None:
         """Drop a task's row."""
@@ -151,7 +150,7 @@ class TALoRALayer(BaseTunerLayer):
     def rename_row(self, adapter_name: str, old: str, new: str) -> None:
         """Keep a task's row, the same parameter, under another name."""
         rows = self.talora_task[adapter_name]
-        rows[new] = rows.pop(old)
+        _replace_rows(rows, {new if task == old else task: row for task, row in rows.items()})
 
     def cores(self, adapter_name: str, indices: torch.Tensor) -> torch.Tensor:
         """Contract core and task factor: s · C_t for every task in `indices`.
@@ -189,7 +188,7 @@ class TALoRALayer(BaseTunerLayer):
 
         Args:
             adapter_name: The adapter.
-            task: Name or position; None means the selected task, or the only one.
+            task: Name, or position in the adapter's own list; None means the selected task, or the only one.
 
         Raises:
             ValueError: For an unknown task, or None where several tasks are there and none is selected.
@@ -208,6 +207,12 @@ class TALoRALayer(BaseTunerLayer):
         return task_index(task, self.task_state.task_names[adapter_name])
 
 
+def _replace_rows(rows: nn.ParameterDict, tasks: dict[str, nn.Parameter]) -> None:
+    """In the order that a new adapter's rows have (sorted by name), so that an optimiser's saved state fits them."""
+    rows.clear()
+    rows.update(tasks)
+
+
 class Linear(nn.Module, TALoRALayer):
     """TA-LoRA on a linear layer, bare or quantised by one of PEFT's backends."""
 
@@ -217,6 +222,7 @@ class Linear(nn.Module, TALoRALayer):
         TALoRALayer.__init__(self, base_layer, task_state, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **update)
+        task_state.layers.append(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output, plus the update of each row's task: (N · windows, ..., D_in) → (..., D_out)."""

@@ -22,6 +22,8 @@ from .layer import Linear, TALoRALayer
 from .task_state import TaskEntry, TaskState
 from .tucker import RelativeErrors
 
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
 # PEFT's task-typed models add these to `modules_to_save` whether the base model has them or not.
 _PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
 
@@ -35,7 +37,8 @@ class TALoRAModel(BaseTuner):
        `modules_to_save` where the config leaves them None.
     2. The base calls the sub-model that holds the adapted layers as `vision_encoder(pixel_values, task_ids=ids)` only
        while its own attribute `task_conditional` is True, which is False by default.
-    3. The tuner sets `task_conditional`: True while an active, enabled, unmerged adapter has more than one task.
+    3. The tuner sets `task_conditional`: True while an active, enabled, unmerged adapter has more than one task, or
+       the task of one head among several. `tasks=None` reaches the base as the tasks that such an adapter serves.
     4. On merging, the tuner sets the base's `merged_task` to the name of the merged task, and to None on unmerging;
        the base refuses other tasks while it is set.
     5. To grow and shrink, the tuner calls the base's `add_task_head(name, kind, channels, start)`, which puts a head
@@ -59,9 +62,33 @@ class TALoRAModel(BaseTuner):
         self._check_adapter_name(model, adapter_name)
         layers = _layers(model)
         self.task_state = layers[0].task_state if layers else TaskState(model, _head_names(model))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        wrapped = {id(module) for module in model.modules() if isinstance(module, _WRAPPERS)}
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_back(model, adapter_name, wrapped)
+            for parameter, requires_grad in trained.items():
+                parameter.requires_grad_(requires_grad)
+            raise
         self._hook(model)
         self.task_state.sync()
+
+    def _take_back(self, model: nn.Module, adapter_name: str, wrapped: set[int]) -> None:
+        """Undo an injection that failed: new wrappers give way to what they wrap, the others lose the adapter."""
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, _WRAPPERS):
+                continue
+            if id(module) not in wrapped:
+                inner = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, inner)
+            elif isinstance(module, TALoRALayer):
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, module.active_adapters)
+        self.task_state.layers = _layers(model)
+        self.task_state.forget(adapter_name)
 
     def _hook(self, model: nn.Module) -> None:
         entries = self.task_state.entries
@@ -76,7 +103,7 @@ class TALoRAModel(BaseTuner):
     def _check_adapter_name(self, model: nn.Module, adapter_name: str) -> None:
         """Refuse names with which PEFT's state dict keys would mistake other parameters for the adapter's."""
         named = [*model.named_modules(), *model.named_parameters()]
-        wrapped = [name for name, m in named if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        wrapped = [name for name, m in named if isinstance(m, _WRAPPERS)]
         components = {
             part
             for name, _ in named
@@ -116,7 +143,8 @@ class TALoRAModel(BaseTuner):
     def _prepare_modules_to_save(self, peft_config: TALoRAConfig, heads: list[str] | None) -> None:
         names = [name for name, _ in self.model.named_modules()]
         if peft_config.modules_to_save is None and heads:
-            peft_config.modules_to_save = [f"task_heads.{name}" for name in heads]
+            served = [name for name in heads if name in peft_config.task_names]
+            peft_config.modules_to_save = [f"task_heads.{name}" for name in served or heads]
         if peft_config.train_norms:
             norms = [name for name in names if BLOCK_NORMS.fullmatch(name)]
             if not norms:
@@ -198,8 +226,9 @@ class TALoRAModel(BaseTuner):
         self.task_state.hold_freeze()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; see `BaseTuner.delete_adapter`."""
+        """Delete an adapter, and the heads that it grew by alone; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
+        grow.drop_unserved_heads(self.task_state, self.peft_config)
         self.task_state.sync()
 
     def add_weighted_adapter(
@@ -313,7 +342,7 @@ class TALoRAModel(BaseTuner):
         The new row mixes the slices of the core that are there: its update lies in their span, and `r_task` stays.
         A zero row is an update of exactly zero. The head's original, as of all heads, is a copy of the first head's
         original, every channel as its first: SAM's decoder, unless the base was saved with trained heads. An adapter
-        of one task that serves several heads gets a head and no row, since it has one update for all.
+        that all heads share gets a head and no row, since it has one update for all.
 
         New parameters train if the adapter is active; what was frozen stays frozen. Give them to the optimiser, which
         does not know them, and compile or wrap for several processes afterwards. With `freeze_others`, outputs of the
@@ -337,11 +366,11 @@ class TALoRAModel(BaseTuner):
         head = {"kind": kind, "channels": channels}
         grow.add_task(self.task_state, self.peft_config, name, head, init, freeze_others, adapter_name)
 
-    def remove_task(self, name: str | int, adapter_name: str | None = None) -> None:
+    def remove_task(self, name: str, adapter_name: str | None = None) -> None:
         """Remove a task of the adapter (None: the active one): its rows, and its head with the last adapter it has.
 
         Later tasks move up one position. A selection of the task is taken back. An adapter that is left with one task
-        is, like every adapter of one task, shared by all heads that the model still has.
+        serves that task alone, whatever heads the model has for other adapters.
 
         Raises:
             ValueError: For an unknown task, the only task, and while merged.
@@ -350,7 +379,7 @@ class TALoRAModel(BaseTuner):
         if [] in self.task_state.trained_only.values():  # the one task that trained is gone
             self.train_only(None, adapter_name)
 
-    def rename_task(self, old: str | int, new: str, adapter_name: str | None = None) -> None:
+    def rename_task(self, old: str, new: str, adapter_name: str | None = None) -> None:
         """Rename a task of the adapter (None: the active one), and its head, then in all adapters that have it.
 
         Raises:
@@ -358,7 +387,7 @@ class TALoRAModel(BaseTuner):
         """
         grow.rename_task(self.task_state, self.peft_config, old, new, adapter_name)
 
-    def train_only(self, tasks: str | list[str] | None, adapter_name: str | None = None) -> None:
+    def train_only(self, tasks: str | list[str | int] | None, adapter_name: str | None = None) -> None:
         """Train only what belongs to some tasks alone, their rows and heads, while the adapter is active.
 
         This holds whatever PEFT makes trainable later (`set_adapter`, `disable_adapter`, another adapter), until the
@@ -390,7 +419,8 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
 
     Args:
         model: The adapted model.
-        task: Name or position; None takes the choice back.
+        task: Name, or position among the heads (of a model without, in the adapter's own list); None takes the
+            choice back.
         adapter_name: The adapter to choose for; None means every active one.
 
     Raises:
@@ -409,14 +439,21 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
 
 @contextmanager
 def use_task(model: nn.Module, task: str | int | None, adapter_name: str | None = None):
-    """A context in which `task` is chosen; the choice before it is restored at its end. See [`set_task`]."""
+    """A context in which `task` is chosen; the choice before it is restored at its end. See [`set_task`].
+
+    A choice of an adapter or a task that is gone by then is not restored. A merged model is unmerged, with a warning,
+    and stays so.
+    """
     layers = _layers(model)
-    before = dict(layers[0].task_state.selected) if layers else {}
-    set_task(model, task, adapter_name)
+    suspended = layers[0].task_state.suspended if layers else []
+    suspended.append(dict(layers[0].task_state.selected) if layers else {})
     try:
+        set_task(model, task, adapter_name)
         yield model
     finally:
-        layers[0].task_state.selected = before
+        before = suspended.pop()
+        if layers:
+            layers[0].task_state.selected = before
 
 
 def _layers(model: nn.Module) -> list[TALoRALayer]:

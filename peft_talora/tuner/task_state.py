@@ -43,11 +43,13 @@ class TaskState:
     Attributes:
         base: The model that was adapted.
         layers: Its adapted layers.
-        head_names: Names of the model's heads, in order, or None for a model without `task_heads`. An index in
-            `task_ids` is a position in this list if there is one, else in the adapter's own list.
+        head_names: Names of the model's heads, in order, or None for a model without `task_heads`. A task given by
+            its position is one of this list if there is one, else of the adapter's own.
+        grown_heads: Those of them that growing added, for some adapter.
         task_names: The list of tasks of every adapter.
         selected: The lasting choice of every adapter that has one, as a LongTensor of shape (1,). A tensor, not an
             int, so that choosing another task recompiles nothing under `torch.compile`.
+        suspended: The choices that running `use_task` contexts restore at their ends, outermost first.
         trained_only: Per adapter the only tasks that train, where `train_only` chose some.
         calls: A stack with one entry per hooked module that is running: (hook, indices by adapter or None).
     """
@@ -56,8 +58,10 @@ class TaskState:
         self.base = base
         self.layers: list[nn.Module] = []
         self.head_names = head_names
+        self.grown_heads: set[str] = set()
         self.task_names: dict[str, list[str]] = {}
         self.selected: dict[str, torch.Tensor] = {}
+        self.suspended: list[dict[str, torch.Tensor]] = []
         self.trained_only: dict[str, list[str]] = {}
         self.calls: list[tuple[object, dict[str, torch.Tensor] | None]] = []
         self.merge_is_ours = False
@@ -99,13 +103,30 @@ class TaskState:
             "`exclude_modules`, or choose one task for all samples by `set_task`."
         )
 
+    def is_shared(self, adapter_name: str) -> bool:
+        """Whether the adapter has one update for all heads: one task, whose name is none of theirs."""
+        own = self.task_names[adapter_name]
+        return bool(self.head_names) and len(own) == 1 and own[0] not in self.head_names
+
+    def served(self, adapter_name: str) -> list[str]:
+        """The tasks that an adapter serves: its own, or those of all heads if they share it."""
+        return self.head_names if self.is_shared(adapter_name) else self.task_names[adapter_name]
+
+    def task_name(self, task: str | int, known: list[str]) -> str:
+        """One of the known tasks, by name or by position: among the heads where there are heads, else among them."""
+        if not isinstance(task, str):
+            positions = self.head_names or known
+            task = positions[task_index(task, positions)]
+        return known[task_index(task, known)]
+
     def select(self, adapter_names: Sequence[str], task: str | int | None) -> None:
         """Make a lasting choice for every adapter named, or for none if one does not know it; None takes it back."""
         for name in adapter_names:
             if name not in self.task_names:
                 raise ValueError(f"Unknown adapter {name!r}; the TA-LoRA adapters are {list(self.task_names)}.")
         names = [] if task is None else adapter_names
-        indices = {name: task_index(task, self.task_names[name]) for name in names}
+        own = {name: self.task_names[name] for name in names}
+        indices = {name: tasks.index(self.task_name(task, tasks)) for name, tasks in own.items()}
         for layer in self.layers:
             if layer.merged:
                 layer.unmerge()
@@ -127,15 +148,16 @@ class TaskState:
                 names.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.talora_core))
         return list(names)
 
-    def multi_task_adapters(self) -> list[str]:
-        """Those of them that have several tasks."""
-        return [name for name in self.adapters_in_use() if len(self.task_names[name]) > 1]
+    def depends_on_task(self, adapter_name: str) -> bool:
+        """Whether it matters for an adapter which task is asked for: it has several, or serves some heads only."""
+        own = self.task_names[adapter_name]
+        return len(own) > 1 or self.served(adapter_name) != (self.head_names or own)
 
     def merged_task(self) -> str | None:
-        """The task that is merged into the base weights, None if none is or the merged adapter has one task only."""
+        """The task that is merged into the base weights, None if none is or one update serves all heads."""
         for layer in self.layers:
             for adapter_name, index in layer.merged_tasks.items():
-                if len(self.task_names[adapter_name]) > 1:
+                if self.depends_on_task(adapter_name):
                     return self.task_names[adapter_name][index]
         return None
 
@@ -168,7 +190,7 @@ class TaskState:
         given = [task_index(task, known) for task in values]
         if not isinstance(task_ids, torch.Tensor):
             task_ids = given
-        if len(own) > 1:
+        if not self.is_shared(adapter_name):
             for index in dict.fromkeys(given):
                 task_index(known[index], own)
         ids = torch.as_tensor(task_ids, device=self.layers[0].weight.device)
@@ -180,7 +202,8 @@ class TaskState:
     def forget(self, adapter_name: str) -> None:
         """Forget an adapter that was deleted."""
         self.task_names.pop(adapter_name, None)
-        self.selected.pop(adapter_name, None)
+        for choice in (self.selected, *self.suspended):
+            choice.pop(adapter_name, None)
         self.trained_only.pop(adapter_name, None)
 
     def sync(self) -> None:
@@ -195,7 +218,7 @@ class TaskState:
         """Tell a base model with task heads what it must know: contract names 3 and 4 of `TALoRAModel`."""
         if self.head_names is None:
             return
-        self.base.task_conditional = bool(self.multi_task_adapters())
+        self.base.task_conditional = any(self.depends_on_task(name) for name in self.adapters_in_use())
         merged = self.merged_task()
         if merged is not None or self.merge_is_ours:
             self.base.merged_task = merged
@@ -310,7 +333,7 @@ class TaskEntry:
             ids = state.resolve(kwargs["task_ids"], _batch_size(module, args, kwargs), check_values=inherited is None)
             state.calls[-1] = (self, ids)
         elif self.is_base:
-            kwargs = self._with_selected_task(args, kwargs)
+            kwargs = self._with_tasks(args, kwargs)
         if "task_ids" not in self.parameters:
             kwargs = {name: value for name, value in kwargs.items() if name != "task_ids"}
         return args, kwargs
@@ -326,17 +349,19 @@ class TaskEntry:
             if function is not None and not isinstance(function, TaskCheckpoint):
                 block._gradient_checkpointing_func = TaskCheckpoint(function, self.state)
 
-    def _with_selected_task(self, args: tuple, kwargs: dict) -> dict:
-        """For a base whose forward takes `tasks`: a lasting choice is what `tasks=None` means."""
-        if "tasks" not in self.parameters or kwargs.get("tasks") is not None:
-            return kwargs
-        if len(args) > self.parameters.index("tasks") or not self.state.selected:
-            return kwargs
+    def _with_tasks(self, args: tuple, kwargs: dict) -> dict:
+        """For a base with heads whose forward takes `tasks`: None means what is chosen, or else what is served."""
         state = self.state
-        chosen = [name for name in state.multi_task_adapters() if name in state.selected]
-        tasks = {state.task_names[name][state.selected_index(name)] for name in chosen}
-        tasks = (tasks | {state.merged_task()}) - {None}
-        return {**kwargs, "tasks": sorted(tasks)} if tasks else kwargs
+        if "tasks" not in self.parameters or kwargs.get("tasks") is not None or not state.head_names:
+            return kwargs
+        if len(args) > self.parameters.index("tasks"):
+            return kwargs
+        adapters = [name for name in state.adapters_in_use() if state.depends_on_task(name)]
+        chosen = {state.task_names[name][state.selected_index(name)] for name in adapters if name in state.selected}
+        chosen |= {state.merged_task()} - {None}
+        served = set(state.head_names).intersection(*(state.served(name) for name in adapters))
+        tasks = [name for name in state.head_names if name in (chosen or served)]
+        return kwargs if tasks in ([], state.head_names) else {**kwargs, "tasks": tasks}
 
 
 def _batch_size(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
