@@ -22,6 +22,7 @@ from torch import nn
 
 from .files import check_safetensors, sync, write_aside, write_json
 from .hub import WEIGHTS_NAME
+from .tuner.convert import single_adapter
 
 PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
@@ -64,16 +65,16 @@ def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str)
     if not PartialState().is_main_process:
         return
     model = extract_model_from_parallel(models[0])
-    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=single_adapter(model), save_embedding_layers=False)
     save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / WEIGHTS_NAME)
 
 
 def load_adapter_only(models: list[nn.Module], folder: str) -> None:
     """`Accelerator.load_state` hook, the counterpart of [`save_adapter_only`]."""
     model = extract_model_from_parallel(models.pop())
-    file = Path(folder) / WEIGHTS_NAME
+    file, adapter = Path(folder) / WEIGHTS_NAME, single_adapter(model)
     check_safetensors(file)
-    set_peft_model_state_dict(model, load_file(file), adapter_name=model.active_adapters[0])
+    set_peft_model_state_dict(model, load_file(file), adapter_name=adapter)
 
 
 def save_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import HfArgumentParser, PreTrainedModel
 
-from .data import Collator, FolderDataset, SyntheticScenes
+from .data import SYNTHETIC_TASKS, Collator, FolderDataset, SyntheticScenes
 from .losses import IGNORE_INDEX
 from .metrics import Metric
 from .tasks import KINDS, Task
@@ -128,8 +128,17 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
         split: Name of a folder, or of a set of generated scenes; splits share no scene.
         tasks: Whose labels to read.
         image_size: Of generated scenes, in pixels.
+
+    Raises:
+        ValueError: If generated scenes have more classes than a task.
     """
     if args.data_root is None:
+        for task in tasks:
+            if task.out_channels < SYNTHETIC_TASKS.get(task.name, 0):
+                raise ValueError(
+                    f"task {task.name!r} has {task.out_channels} channels; generated scenes need "
+                    f"{SYNTHETIC_TASKS[task.name]}."
+                )
         num_images = args.num_images if split == "train" else max(1, args.num_images // 8)
         return SyntheticScenes(split, num_images, image_size, args.data_seed, [task.name for task in tasks])
     folders = {task.name for task in tasks if task.kind in ("segmentation", "parts")}

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
-def write_aside(folder: str | Path):
+def write_aside(folder: str | Path, owned: Collection[str] = ()):
     """A temporary folder whose files move into `folder` at the end, each in one step: nothing half-written stays.
 
-    If the body raises, `folder` keeps what it had.
+    If the body raises, `folder` keeps what it had. The files in `owned` belong together: those that are not written
+    anew are deleted, for what an earlier write left would be taken for a part of this one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    written = set()
     try:
         yield aside
         sync(aside)
@@ -30,6 +33,10 @@ def write_aside(folder: str | Path):
             target = folder / file.relative_to(aside)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
+            written.add(target)
+        for name in owned:
+            if folder / name not in written:
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -7,6 +7,7 @@ the heads, which an adapter alone cannot), and, where known, the image processor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,15 @@ from .files import check_safetensors, write_aside, write_json
 from .msam import MSamModel
 from .msam_config import checkpoint_type
 from .tuner import TALoRAModel
+from .tuner.convert import single_adapter
 
 MSAM_CONFIG_NAME = "msam_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
+HEAD_NAME = "head.safetensors"
+# What says together how an adapter is read: who writes one of these into a folder writes or deletes all of them.
+ADAPTER_FILES = [CONFIG_NAME, WEIGHTS_NAME, MSAM_CONFIG_NAME, HEAD_NAME, PROCESSOR_NAME]
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 UPLOADED = [
     "README.md",
     "adapter_config.json",
@@ -59,14 +65,18 @@ def save_adapter(
     checkpoint inside `folder` is named by its relative path, so that the folder can move.
 
     Args:
-        model: A `PeftModel` around an `MSamModel`, with one adapter or an active one.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        model: A `PeftModel` around an `MSamModel`. Of its adapters the active one is written.
+        folder: Where to; created if need be. An adapter that is there, with its image processor, is replaced; other
+            files stay.
         image_processor: What made `pixel_values`, saved beside.
         card: Text of the model card; None leaves PEFT's.
+
+    Raises:
+        ValueError: If several adapters are active.
     """
     folder = Path(folder)
-    base, adapter = model.get_base_model(), model.active_adapters[0]
-    with write_aside(folder) as aside:
+    base, adapter = model.get_base_model(), single_adapter(model)
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         model.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
         if adapter != "default":  # PEFT gives every other name a folder of its own
             for file in (aside / adapter).iterdir():
@@ -131,7 +141,7 @@ def load(
         if not base:
             raise ValueError(f"{folder} names no base checkpoint, as its model had none: give `base`.")
         base = folder / base if (folder / base).is_dir() else base
-    model, new_heads = _load_base(base, config)
+    model, new_heads = _load_base(base, config, folder)
     try:
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except RuntimeError as error:  # how PyTorch reports weights of another shape
@@ -148,7 +158,7 @@ def load(
     return model.train(is_trainable)
 
 
-def _load_base(base: str | Path, config: Mapping[str, Any]) -> tuple[MSamModel, list[str]]:
+def _load_base(base: str | Path, config: Mapping[str, Any], folder: Path) -> tuple[MSamModel, list[str]]:
     """The mSAM of an adapter, and the names of the heads for which its base, a saved mSAM, has no weights."""
     saved = checkpoint_type(base, {}) == "msam"
     model = MSamModel.from_pretrained(
@@ -156,10 +166,16 @@ def _load_base(base: str | Path, config: Mapping[str, Any]) -> tuple[MSamModel, 
         tasks=None if saved else config["tasks"],
         decoder_mode=config["decoder_mode"],
         image_size=config["image_size"],
-        dtype=getattr(torch, config["dtype"]),
+        dtype=_dtype(config["dtype"], folder),
     )
     changed = model.config.tasks != config["tasks"]
     return model, model.set_task_heads(config["tasks"]) if changed else []
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{folder / MSAM_CONFIG_NAME}: `dtype` must be one of {list(_DTYPES)}; got {name!r}.")
+    return _DTYPES[name]
 
 
 def _check_keys(model: PeftModel, file: Path) -> None:
@@ -179,14 +195,20 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         OSError: If it is neither, or the Hub refuses it; the message says what to do.
+        ValueError: If the repository names a base checkpoint outside of itself by a relative path.
     """
     if Path(adapter).is_dir():
         return Path(adapter)
     try:
         with _explained(str(adapter)):
-            return Path(snapshot_download(str(adapter), revision=revision))
+            copy = Path(snapshot_download(str(adapter), revision=revision))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(f"{adapter} is no folder, and no repository of the Hub within reach: {error}") from error
+    for file in (copy / name for name in (CONFIG_NAME, MSAM_CONFIG_NAME)):
+        base = json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
+        if base and os.path.normpath(base).startswith(".."):
+            raise ValueError(f"{adapter}: the base checkpoint {base!r} in {file.name} leads out of the repository.")
+    return copy
 
 
 def load_image_processor(adapter: str | Path, revision: str | None = None) -> SamImageProcessorPil:
@@ -265,9 +287,12 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
         model: The trained `PeftModel` around an `MSamModel`.
         results: What the training recipe wrote to `results.json`.
         repo_id: Where it will be found; None writes a placeholder.
+
+    Raises:
+        ValueError: If several adapters are active.
     """
     base = model.get_base_model()
-    method = model.peft_config[model.active_adapters[0]].peft_type.value
+    method = model.peft_config[single_adapter(model)].peft_type.value
     name = base.config._name_or_path
     metadata = ["library_name: peft", "pipeline_tag: image-segmentation"]
     metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]

@@ -17,13 +17,13 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 
 from .files import write_aside, write_json
-from .hub import MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, locate, rebuild_config
-from .lora_folder import HEAD_NAME, PREFIX, LoraFolder, read_lora
+from .hub import ADAPTER_FILES, HEAD_NAME, MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, locate, rebuild_config
+from .lora_folder import PREFIX, LoraFolder, read_lora
 from .msam import MSamModel
 from .tuner.config import check_task_names
 from .tuner.convert import adapted_layers, describe, exact_name, exact_names, single_adapter, tucker_of, weights_of
 from .tuner.task_state import task_index
-from .tuner.tucker import RelativeErrors, Tucker, relative_errors
+from .tuner.tucker import RelativeErrors, Tucker, check_ranks, relative_errors
 
 
 def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name: str | None = None) -> None:
@@ -37,9 +37,9 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
 
     Args:
         model: A `PeftModel` with a TA-LoRA adapter, merged or not.
-        task: Name or position in the adapter's `task_names`; with an adapter of one task, which all heads share, the
-            name of any head.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        task: Name or position in the adapter's `task_names`; with an adapter of one task, which all heads share, name
+            or position of a head.
+        folder: Where to; created if need be. An adapter that is there is replaced; other files stay.
         adapter_name: The adapter; None means the active one.
 
     Raises:
@@ -48,12 +48,16 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
     adapter_name = single_adapter(model) if adapter_name is None else adapter_name
     config = model.peft_config.get(adapter_name)
     if config is None or config.peft_type != PeftType.TALORA:
-        raise ValueError(f"{adapter_name!r} is no TA-LoRA adapter of the model; it has {model.peft_config}.")
+        known = {name: config.peft_type.value for name, config in model.peft_config.items()}
+        raise ValueError(f"{adapter_name!r} is no TA-LoRA adapter of the model; its adapters are {known}.")
     base, folder = model.get_base_model(), Path(folder)
     heads = list(base.task_heads) if isinstance(base, MSamModel) else []
-    shared = len(config.task_names) == 1 and task in heads
-    index = 0 if shared else task_index(task, config.task_names)
-    head = task if shared else config.task_names[index]
+    names = config.task_names
+    if heads and len(names) == 1 and (task in heads or names[0] not in heads):  # all heads share the adapter
+        index, head = 0, heads[task_index(task, heads)]
+    else:
+        index = task_index(task, names)
+        head = names[index]
     layers = adapted_layers(base, adapter_name)
     in_heads = [name for name in layers if name.startswith("task_heads.")]
     if in_heads:
@@ -69,7 +73,7 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
         if ".talora_" not in name and not name.startswith(f"{PREFIX}task_heads."):
             state[name] = tensor.detach().cpu().contiguous()
     path = base.config._name_or_path if heads else config.base_model_name_or_path or ""
-    with write_aside(folder) as aside:
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         _lora_config(base, adapter_name, config, ranks, locate(path, folder)).save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         if head in heads:
@@ -123,7 +127,7 @@ def from_loras(
     Args:
         loras: Folder or Hub id of a LoRA per task, in the order of the tasks; all of the same layers of one base
             model. Ranks and scalings may differ. Only safetensors files are read.
-        folder: Where to; created if need be, and files in it replaced one by one.
+        folder: Where to; created if need be. An adapter that is there is replaced; other files stay.
         r: Rank of the input factor, in layers that have more. None cuts nothing off.
         r_out: The same for the output factor. None means `r`.
         r_task: The same for the task factor.
@@ -134,17 +138,16 @@ def from_loras(
         The relative error of the update per layer and overall.
 
     Raises:
-        ValueError: For LoRAs of different layers, bases or image processors, one that is more than two matrices per
-            linear layer (DoRA, embeddings, convolutions, and so on), a missing head, or norms that differ.
+        ValueError: For a rank below 1, LoRAs of different layers, bases or image processors, one that is more than two
+            matrices per linear layer (DoRA, embeddings, convolutions, ...), a missing head, or norms that differ.
         OSError: If a file is missing or damaged.
     """
-    check_task_names(list(loras))
+    check_ranks(r=r, r_out=r_out, r_task=r_task)
     if modules_from not in (None, *loras):
         raise ValueError(f"`modules_from` must be None or one of the tasks {list(loras)}; got {modules_from!r}.")
-    parts = {task: read_lora(task, path) for task, path in loras.items()}
-    _check_alike(parts)
+    parts = read_loras(loras)
     first, folder = next(iter(parts.values())), Path(folder)
-    exact = {name: Tucker.of_loras([part.layers[name] for part in parts.values()]) for name in first.layers}
+    exact = stacked(parts)
     tensors = {name: tensor.truncated((r_out or r, r, r_task)) for name, tensor in exact.items()}
     shared = parts[modules_from] if modules_from else _only_one(parts)
     heads = _heads(parts)
@@ -164,7 +167,7 @@ def from_loras(
         state |= {f"{PREFIX}{layer}.{name}": w.to(first.dtype) for name, w in weights.items()}
     rebuild = _rebuild_config(parts, folder) if heads else None
     processor = _image_processor(parts)
-    with write_aside(folder) as aside:
+    with write_aside(folder, owned=ADAPTER_FILES) as aside:
         config.save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         if rebuild is not None:
@@ -174,12 +177,33 @@ def from_loras(
     return relative_errors(exact, tensors)
 
 
+def read_loras(loras: Mapping[str, str | Path]) -> dict[str, LoraFolder]:
+    """Read a LoRA per task, all of the same layers of one base model. Raises as [`from_loras`] does."""
+    check_task_names(list(loras))
+    parts = {task: read_lora(task, path) for task, path in loras.items()}
+    _check_alike(parts)
+    return parts
+
+
+def stacked(parts: Mapping[str, LoraFolder]) -> dict[str, Tucker]:
+    """The updates of all tasks as one tensor per layer, exactly."""
+    first = next(iter(parts.values()))
+    return {name: Tucker.of_loras([part.layers[name] for part in parts.values()]) for name in first.layers}
+
+
 def _check_alike(parts: Mapping[str, LoraFolder]) -> None:
     first_task, first = next(iter(parts.items()))
     for task, part in parts.items():
         if part.layers.keys() != first.layers.keys():
             differing = sorted(part.layers.keys() ^ first.layers.keys())
             raise ValueError(f"The LoRAs of {first_task!r} and {task!r} differ in their layers: {differing}.")
+        for layer, pair in part.layers.items():
+            shapes = [(len(b), a.shape[1]) for a, b in (first.layers[layer], pair)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"The LoRAs of {first_task!r} and {task!r} are for layers {layer} of different shapes "
+                    f"(D_out, D_in): {shapes[0]} and {shapes[1]}."
+                )
         if part.base != first.base:
             raise ValueError(f"The LoRAs have different base models: {first.base!r} and, for {task!r}, {part.base!r}.")
 

@@ -16,9 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .files import check_safetensors
-from .hub import MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, fetch
+from .hub import HEAD_NAME, MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, fetch
 
-HEAD_NAME = "head.safetensors"
 PREFIX = "base_model.model."
 _LORA_WEIGHT = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # What a LoRA's configuration may say: all else must be as in a new one, for it would change what the weights mean.
@@ -99,6 +98,8 @@ def read_lora(task: str, path: str | Path) -> LoraFolder:
             heads[name.removeprefix(f"{PREFIX}task_heads.")] = tensor
         else:
             others[name] = tensor
+    if not factors:
+        raise ValueError(f"{folder / WEIGHTS_NAME} holds no LoRA matrices; its weights are {sorted(state)[:3]}.")
     layers = {name: _scaled(config, name, pair) for name, pair in factors.items()}
     dtype = torch.promote_types(next(iter(factors.values()))["A"].dtype, torch.float32)
     head, rebuild = _read_head(task, folder, heads)
@@ -129,6 +130,9 @@ def _checked_config(folder: Path) -> LoraConfig:
 def _scaled(config: LoraConfig, layer: str, pair: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     if pair.keys() != {"A", "B"}:
         raise ValueError(f"Layer {layer} has only one of lora_A and lora_B: {sorted(pair)}.")
+    if len(pair["A"]) != pair["B"].shape[1]:
+        shapes = {f"lora_{side}": tuple(matrix.shape) for side, matrix in pair.items()}
+        raise ValueError(f"Layer {layer} has matrices of different ranks: {shapes}.")
     rank = len(pair["A"])
     alphas = config.alpha_pattern
     alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
@@ -142,7 +146,10 @@ def _read_head(task: str, folder: Path, heads: dict[str, torch.Tensor]) -> tuple
         check_safetensors(folder / HEAD_NAME)
         with safe_open(folder / HEAD_NAME, framework="pt") as file:
             head = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            rebuild = json.loads(file.metadata()["msam_config"])
+            metadata = file.metadata() or {}
+        if "msam_config" not in metadata:
+            raise ValueError(f"{folder / HEAD_NAME} does not say whose head it is: it was not written by `to_lora`.")
+        rebuild = json.loads(metadata["msam_config"])
     else:
         head = {name.removeprefix(f"{task}."): x for name, x in heads.items() if name.startswith(f"{task}.")}
         file = folder / MSAM_CONFIG_NAME

@@ -361,6 +361,7 @@ class MSamModel(SamPreTrainedModel):
         task_ids: torch.Tensor | Sequence[str | int] | None = None,
         labels: dict[str, torch.Tensor] | None = None,
         original_sizes: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> MSamOutput | tuple:
         """Predict all tasks, some of them, or one per sample.
@@ -373,6 +374,8 @@ class MSamModel(SamPreTrainedModel):
             labels: per task (B, H, W) or (B, C, H, W) for the whole batch; tasks without labels have no loss.
             original_sizes: (B, 2) size of each image inside its label, which is padded below and on the right by
                 ignored values; None where every image fills the label.
+            reshaped_input_sizes: unused, as they follow from `original_sizes`; taken so that all that SAM's image
+                processor returns can be passed on.
             return_dict: False for a tuple; None follows the config.
 
         Raises:
@@ -417,17 +420,20 @@ class MSamModel(SamPreTrainedModel):
             losses[name] = self.task(name).loss(self._resize_logits(name, logits[name], sizes, canvas), label)
         return losses
 
-    def post_process(self, logits: dict[str, torch.Tensor], sizes) -> dict[str, torch.Tensor]:
+    def post_process(self, logits: "dict[str, torch.Tensor] | MSamOutput", sizes) -> dict[str, torch.Tensor]:
         """Bring logits to the images' own sizes: resize to the padded input, crop the padding, resize; bilinear.
 
         Args:
-            logits: per task (B, N, h, w), as `forward` returns them; of rows of one task, `sizes` are of those rows.
+            logits: per task (B, N, h, w), as `forward` returns them, or its whole output; of rows of one task,
+                `sizes` are of those rows.
             sizes: (height, width) of all images, or one per image as (B, 2).
 
         Returns:
             Per task (B, N, H, W) in float32, H and W the largest height and width in `sizes`; smaller images lie in
             the upper left corner, zeros around them. Normals have unit length.
         """
+        if isinstance(logits, MSamOutput):
+            logits = logits.logits
         return {name: self._resize_logits(name, low, size_list(sizes, len(low))) for name, low in logits.items()}
 
     def _resize_logits(self, name: str, logits: torch.Tensor, sizes, canvas=None) -> torch.Tensor:

@@ -10,13 +10,15 @@ the ranks, without writing an adapter, and draws it.
 """
 
 import argparse
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft_talora
 from peft_talora.files import write_aside
 from peft_talora.hub import PROCESSOR_NAME, fetch
+from peft_talora.lora import read_loras, stacked
 from peft_talora.plotting import draw_curves
+from peft_talora.tuner.tucker import check_ranks, relative_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,11 +33,11 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--adapter", required=True, help="folder or Hub id of a TA-LoRA adapter of mSAM")
     for command in (from_loras, curve):
         command.add_argument("--loras", required=True, nargs="+", metavar="TASK=FOLDER", help="one LoRA per task")
-        command.add_argument("--modules_from", help="the task whose norms and biases all tasks get, where they differ")
     for command in (from_loras, compress):
         command.add_argument("--r", type=int, required=command is compress, help="rank of the input factor, at most")
         command.add_argument("--r_out", type=int, help="rank of the output factor, at most; default: r")
         command.add_argument("--r_task", type=int, help="rank of the task factor, at most; default: as it is")
+    from_loras.add_argument("--modules_from", help="the task whose norms and biases all tasks get, where they differ")
     curve.add_argument("--ranks", type=int, nargs="+", help="ranks to try; default: about fifteen up to the exact one")
     to_lora.add_argument("--task", required=True, help="name of the task")
     for command in (to_lora, from_loras, compress):
@@ -48,8 +50,8 @@ def main() -> None:
     """Do the one thing that was asked."""
     args = parse_arguments()
     if args.command == "to_lora":
-        peft_talora.to_lora(peft_talora.load(args.adapter), args.task, args.output)
-        copy_image_processor(args.adapter, args.output)
+        with kept_image_processor(args.adapter, args.output):
+            peft_talora.to_lora(peft_talora.load(args.adapter), args.task, args.output)
     elif args.command == "from_loras":
         loras = parse_loras(args.loras)
         ranks = (args.r, args.r_out, args.r_task)
@@ -58,18 +60,21 @@ def main() -> None:
         model = peft_talora.load(args.adapter)
         print_errors(peft_talora.compress(model, args.r, args.r_out, args.r_task, new_adapter_name="compressed"))
         model.set_adapter("compressed")
-        peft_talora.save_adapter(model, args.output)
-        copy_image_processor(args.adapter, args.output)
+        with kept_image_processor(args.adapter, args.output):
+            peft_talora.save_adapter(model, args.output)
     else:
-        draw_error(parse_loras(args.loras), args.ranks, args.modules_from, Path(args.output))
+        draw_error(parse_loras(args.loras), args.ranks, Path(args.output))
 
 
-def copy_image_processor(adapter: str, output: str) -> None:
-    """What made the adapter's `pixel_values` goes along, where it was saved."""
+@contextmanager
+def kept_image_processor(adapter: str, output: str):
+    """What made the adapter's `pixel_values` goes along, where it was saved; `output` may be the adapter's folder."""
     file = fetch(adapter) / PROCESSOR_NAME
-    if file.is_file():
+    text = file.read_text() if file.is_file() else None
+    yield
+    if text is not None:
         with write_aside(output) as aside:
-            (aside / file.name).write_text(file.read_text())
+            (aside / PROCESSOR_NAME).write_text(text)
 
 
 def parse_loras(pairs: list[str]) -> dict[str, str]:
@@ -86,17 +91,19 @@ def print_errors(errors) -> None:
         print(f"{name:<48}{error:>12.3e}")
 
 
-def draw_error(loras: dict[str, str], ranks: list[int] | None, modules_from: str | None, output: Path) -> None:
+def draw_error(loras: dict[str, str], ranks: list[int] | None, output: Path) -> None:
     """The overall error for every rank of the layers and of the task factor: a table and a picture."""
-    with tempfile.TemporaryDirectory() as folder:
+    exact = stacked(read_loras(loras))
+    whole = max(max(tensor.truncated((None, None, None)).core.shape[:2]) for tensor in exact.values())
+    ranks = ranks or sorted({1, 2, 3, *range(4, whole, max(whole // 12, 1)), whole})
+    for rank in ranks:
+        check_ranks(ranks=rank)
 
-        def error(r: int | None, r_task: int) -> float:
-            return peft_talora.from_loras(loras, folder, r=r, r_task=r_task, modules_from=modules_from).overall
+    def error(r: int, r_task: int) -> float:
+        cut = {name: tensor.truncated((r, r, r_task)) for name, tensor in exact.items()}
+        return relative_errors(exact, cut).overall
 
-        error(None, len(loras))
-        whole = peft_talora.TALoRAConfig.from_pretrained(folder).r
-        ranks = ranks or sorted({1, 2, 3, *range(4, whole, max(whole // 12, 1)), whole})
-        curves = {f"r_task = {r_task}": [(r, error(r, r_task)) for r in ranks] for r_task in range(len(loras), 0, -1)}
+    curves = {f"r_task = {r_task}": [(r, error(r, r_task)) for r in ranks] for r_task in range(len(loras), 0, -1)}
     print("  r" + "".join(f"{label:>14}" for label in curves))
     for row in zip(*curves.values(), strict=True):
         print(f"{row[0][0]:>3}" + "".join(f"{value:>14.2e}" for _, value in row))

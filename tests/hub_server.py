@@ -125,6 +125,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             created = json.loads(body)
             name = f"{created['organization']}/{created['name']}"
+            if "answers-" in name:  # with what the name says
+                self.refuse("Failure", status=int(name.rpartition("-")[2]))
+                return
             self.server.repositories.setdefault(name, Repository(created))
             self.answer({"url": f"{self.server.url}/{name}"})
         elif self.path == "/api/validate-yaml":
@@ -149,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if repository is None:
             self.refuse("RepoNotFound")
+        elif rest and rest.split("/")[2] not in ("main", repository.commit_id):
+            self.refuse("RevisionNotFound")
         elif rest.startswith("/tree/"):
             files = repository.files.items()
             tree = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in files]

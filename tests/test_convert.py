@@ -16,6 +16,7 @@ from tuner_cases import (
     assert_close,
     assert_visibly_different,
     config_for,
+    needs_peft_0_21,
     outputs_of_all,
     saying,
     trainable_names,
@@ -75,7 +76,7 @@ class TestCat:
     )
     def test_is_the_exact_sum(self, other):
         model = two_adapters(**other)
-        errors = model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
+        errors = model.add_weighted_adapter(["other", "default"], [-1.3, 0.7], "sum")
         assert_weighted_sum(model, "sum", {"default": 0.7, "other": -1.3})
         assert errors.overall < 1e-12
         assert set(errors.layers) == {"lin0", "lin1"}
@@ -108,11 +109,11 @@ class TestCat:
         assert (layer.talora_core["sum"][:, :, 2] == 0).all()
 
     def test_different_qkv_parts(self):
-        model = adapt(VISION, target_modules=["qkv"], qkv_parts=["q", "v"])
+        model = adapt(VISION, target_modules=["qkv"], qkv_parts=["k", "v"])
         torch.manual_seed(8)
         model.add_adapter("other", config_for(VISION, target_modules=["qkv"], qkv_parts=["v"], **OTHER))
         model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
-        assert model.peft_config["sum"].qkv_parts == ["q", "v"]
+        assert model.peft_config["sum"].qkv_parts == ["k", "v"]
         assert_weighted_sum(model, "sum", {"default": 0.7, "other": -1.3})
         model.add_adapter("all", config_for(VISION, target_modules=["qkv", "proj"]))
         model.add_weighted_adapter(["all", "other"], [1.0, 1.0], "more")
@@ -147,10 +148,10 @@ class TestSvd:
                 assert_close(factor.T @ factor, torch.eye(factor.shape[1]), 1e-5)
 
     def test_ranks_default_to_the_largest(self):
-        model = two_adapters()
+        model = two_adapters(r_out=5)
         model.add_weighted_adapter(["default", "other"], [1, 1], "cut", "svd")
         config = model.peft_config["cut"]
-        assert (config.r, config.r_out, config.r_task) == (4, 4, 3)
+        assert (config.r, config.r_out, config.r_task) == (4, 5, 3)
 
     def test_is_exact_where_ranks_allow(self):
         model = two_adapters()
@@ -176,6 +177,15 @@ class TestTheNewAdapter:
         model(MLP_2D.inputs(), task_ids=["normals"] * BATCH).sum().backward()
         assert adapted_layers(model)[0].talora_core["sum"].grad.abs().max() > 0
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_is_in_the_models_mode(self, training):
+        model = adapt(MLP_2D, dropout=0.5).train(training)
+        compress(model, 4)
+        model.set_adapter("compressed")
+        one, two = (model(MLP_2D.inputs(), task_ids=["normals"] * BATCH) for _ in range(2))
+        assert torch.equal(one, two) != training
+        assert {layer.talora_dropout["compressed"].training for layer in adapted_layers(model)} == {training}
+
     def test_is_saved_and_loaded(self, tmp_path):
         model = two_adapters(target_modules=["lin1"])
         model.add_weighted_adapter(["default", "other"], [1, -1], "sum")
@@ -183,6 +193,11 @@ class TestTheNewAdapter:
         model.set_adapter("sum")
         loaded = PeftModel.from_pretrained(MLP_2D.build(), tmp_path / "sum")
         assert torch.equal(outputs_of_all(MLP_2D, loaded), outputs_of_all(MLP_2D, model))
+
+    def test_has_the_dropout_of_the_first(self):
+        model = adapt(MLP_2D, dropout=0.25)
+        model.add_weighted_adapter(["default"], [1.0], "same")
+        assert {layer.talora_dropout["same"].p for layer in adapted_layers(model)} == {0.25}
 
     def test_has_the_precision_of_the_others(self):
         model = two_adapters(dtype=torch.bfloat16)  # PEFT keeps the adapters of this base in float32
@@ -201,6 +216,13 @@ class TestTheNewAdapter:
             ((["default"], [1], "depth"), ["'depth'", "not allowed"]),
             ((["default"], [1], "sum", "ties"), ["'cat' or 'svd'", "'ties'"]),
             ((["default"], [1], "sum", "cat", None, None, None, "other"), ["modules_from", "'other'"]),
+            ((["default", "other"], [1, float("nan")], "sum"), ["`weights`", "nan", "finite"]),
+            ((["default", "other"], [float("-inf"), 1], "sum"), ["`weights`", "-inf", "finite"]),
+            ((["default"], [1], "sum", "svd", 0), ["`svd_rank`", "got 0", "at least 1"]),
+            ((["default"], [1], "sum", "svd", 2, -1), ["`r_out`", "got -1"]),
+            ((["default"], [1], "sum", "svd", 2, 2, 1.5), ["`r_task`", "got 1.5"]),
+            ((["default"], [1], "sum", "cat", 2), ["'cat'", "{'svd_rank': 2}", "'svd'"]),
+            ((["default"], [1], "sum", "cat", None, 3, 2), ["'cat'", "{'r_out': 3, 'r_task': 2}"]),
         ],
     )
     def test_refuses(self, arguments, words):
@@ -216,10 +238,15 @@ class TestTheNewAdapter:
         with pytest.raises(ValueError, match=saying("same order", *TASKS)):
             model.add_weighted_adapter(["default", "other"], [1, 1], "sum")
 
-    def test_biases_belong_to_one_adapter_only(self):
-        model = adapt(MLP_2D, bias="all")
-        with pytest.raises(ValueError, match="bias"):
-            model.add_weighted_adapter(["default"], [1], "sum")
+    @needs_peft_0_21
+    @pytest.mark.parametrize("bias", ["all", "talora_only"])
+    def test_biases_belong_to_one_adapter_only(self, bias):
+        model = adapt(MLP_2D, bias=bias)
+        before = list(model.state_dict())
+        for make in (lambda: compress(model, 2), lambda: model.add_weighted_adapter(["default"], [1], "sum")):
+            with pytest.raises(ValueError, match=saying("`bias`", f"{{'default': '{bias}'}}", "allowed: 'none'")):
+                make()
+        assert list(model.state_dict()) == before
 
 
 @pytest.fixture
@@ -259,6 +286,7 @@ class TestHeads:
         for name, logits in with_heads(pixel_values=images).logits.items():
             assert_close(logits, expected[name], 1e-4)
         copied = with_heads.task_heads["depth"].modules_to_save
+        assert not any(module.training for module in copied["small"].modules())
         assert copied["small"].no_mask_embed.weight is not copied["other"].no_mask_embed.weight
 
 
@@ -286,6 +314,17 @@ class TestCompress:
             compress(model, 4, r_task=1)
         for delta in deltas(model, "compressed").values():
             assert torch.linalg.matrix_rank(delta.flatten(1)) == 1
+
+    @pytest.mark.parametrize(
+        ("ranks", "words"),
+        [({"r": -1}, ["`r`", "-1"]), ({"r": 0}, ["`r`", "0"]), ({"r": 2, "r_task": True}, ["`r_task`", "True"])],
+        ids=str,
+    )
+    def test_refuses_ranks_below_one(self, ranks, words):
+        model = two_adapters()
+        with pytest.raises(ValueError, match=saying(*words, "at least 1")):
+            compress(model, **ranks)
+        assert list(model.peft_config) == ["default", "other"]
 
     def test_needs_one_active_adapter(self):
         model = two_adapters()

@@ -86,10 +86,12 @@ class TestEquality:
             {"qkv_parts": ["q", "v"]},
             pytest.param({"bias": "talora_only"}, marks=needs_peft_0_21),
             pytest.param({"bias": "all"}, marks=needs_peft_0_21),
+            {"r_out": 4},
         ],
         ids=str,
     )
     def test_with_options(self, values, monkeypatch):
+        """With a square core, too: there shapes do not tell it from its transpose."""
         model, _ = adapted(torch.float64, **values)
         found = outcome(model, inputs(torch.float64))
         plain(monkeypatch)
@@ -154,6 +156,64 @@ class TestEquality:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         found = outcome(compiled, inputs(torch.float64), ids=torch.tensor(IDS))
         assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected, 1e-10)
+
+    def test_when_only_backward_is_under_autocast(self, monkeypatch):
+        def gradients():
+            model, _ = adapted()
+            x = inputs().requires_grad_()
+            loss = model(x, task_ids=IDS).square().sum()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss.backward()
+            return {"input": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+        found = gradients()
+        plain(monkeypatch)
+        assert_same(found, gradients(), 3e-2)
+
+
+class TestAnyUse:
+    """What users do with a linear layer's output, shapes and transforms."""
+
+    @pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6), (6,), (0, 6), (2, 0, 6)], ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_every_shape_in_place_too(self, shape, bias, monkeypatch):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 9, bias=bias), nn.ReLU(inplace=True), nn.Linear(9, 5)).double()
+        config = TALoRAConfig(target_modules=["0"], r=4, init_weights=False)
+        model = get_peft_model(net, config, autocast_adapter_dtype=False)
+
+        def run():
+            model.zero_grad()
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+            y = model(x)
+            y += 1
+            y.square().sum().backward()
+            grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+            return {"output": y.detach(), "input": x.grad, **grads}
+
+        found = run()
+        assert found["output"].shape == (*shape[:-1], 5)
+        plain(monkeypatch)
+        for name, value in run().items():
+            torch.testing.assert_close(found[name], value)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own forward mode uses it
+    def test_transforms_of_torch_func(self):
+        model, layer = adapted(torch.float64)
+        model.set_task("edges")
+        x = inputs(torch.float64)[0, 0, 0, 0]
+        weight = layer.base_layer.weight + layer.get_delta_weight("default", "edges")
+        torch.testing.assert_close(torch.func.jacrev(layer)(x[None])[0, :, 0], weight)
+        torch.testing.assert_close(torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1], weight.sum(1))
+        rows = torch.randn(7, 1, 6, dtype=torch.float64)
+        torch.testing.assert_close(torch.func.vmap(layer)(rows), layer(rows.flatten(0, 1))[:, None])
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+    def test_tracing(self, tmp_path):
+        _, layer = adapted(task_names=["one"], r_out=4)
+        traced = torch.jit.trace(layer, inputs())
+        traced.save(tmp_path / "layer.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(inputs()), layer(inputs()))
 
 
 class TestDerivatives:
@@ -255,13 +315,18 @@ class TestMemory:
 
 
 class TestWhatIsNotFused:
-    def test_a_layer_with_hooks_is_called(self):
+    @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+    @pytest.mark.parametrize("everywhere", [False, True], ids=["own", "global"])
+    def test_a_layer_with_hooks_is_called(self, kind, everywhere):
         model, layer = adapted()
         seen = []
-        layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
-        y = model(inputs(), task_ids=IDS)
-        assert len(seen) == 1
-        assert not torch.equal(seen[0], y)
+        owner, name = (nn.modules.module, f"module_{kind}") if everywhere else (layer.base_layer, kind)
+        handle = getattr(owner, f"register_{name}_hook")(lambda module, *_: seen.append(module))
+        try:
+            model(inputs().requires_grad_(), task_ids=IDS).sum().backward()
+        finally:
+            handle.remove()
+        assert seen.count(layer.base_layer) == 1
 
     def test_a_layer_with_a_forward_of_its_own_is_called(self):
         model, layer = adapted()

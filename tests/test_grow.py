@@ -771,6 +771,10 @@ class TestAffinity:
         for cosines in (affinity.rows, affinity.updates, affinity.rows_by_layer[0], affinity.updates_by_layer[1]):
             assert cosines[3].isnan().all()
             assert cosines[:3, :3].isfinite().all()
+        with torch.no_grad():
+            model.get_base_model().lin0.talora_task["default"]["new"].fill_(1.0)
+        affinity = model.task_affinity()
+        assert torch.equal(affinity.rows[3], affinity.rows_by_layer[0, 3])  # the mean of the one that is no NaN
 
     def test_dense_updates_are_never_built(self):
         base = nn.Sequential(nn.Linear(4000, 4000))

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import peft_talora
-from peft_talora import MSamModel, TALoRAConfig, files, hub, make_image_processor, save_adapter
+from peft_talora import MSamModel, TALoRAConfig, checkpoint, files, hub, make_image_processor, save_adapter
 from peft_talora.small_sam import save_small_sam
 
 TASKS = [
@@ -109,25 +109,47 @@ def test_a_moved_folder_loads_in_another_process(sam_folder, images, tmp_path):
 def test_a_base_elsewhere_is_named_in_full(sam_folder, tmp_path, monkeypatch):
     shutil.copytree(sam_folder, tmp_path / "sam")
     monkeypatch.chdir(tmp_path)
-    save_adapter(make_model("sam"), "adapter")
+    model = make_model("sam")
+    save_adapter(model, "adapter")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir("other")
-    peft_talora.load(tmp_path / "adapter")
+    loaded = peft_talora.load(tmp_path / "adapter")
+    assert loaded.get_base_model().config._name_or_path == str(tmp_path / "sam")
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
 
 
 def test_an_adapter_of_another_name_is_saved_alike(sam_folder, images, tmp_path):
     model = make_model(sam_folder, adapter_name="mine")
+    model.add_adapter("further", TALoRAConfig(r=2))  # not active, so it stays behind
     save_adapter(model, tmp_path)
     assert files_in(tmp_path) == SAVED
     assert not (tmp_path / "mine").exists()
     assert_same_tensors(predict(peft_talora.load(tmp_path), images), predict(model, images))
 
 
+def test_several_active_adapters_are_refused(sam_folder, tmp_path):
+    model = make_model(sam_folder)
+    model.add_adapter("other", TALoRAConfig(modules_to_save=[]))  # PEFT refuses two with heads of their own
+    model.base_model.set_adapter(["default", "other"])
+    for write in (
+        lambda: save_adapter(model, tmp_path / "new"),
+        lambda: hub.model_card(model, RESULTS),
+        lambda: checkpoint.save_adapter_only([model], [], str(tmp_path)),
+        lambda: checkpoint.load_adapter_only([model], str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"\['default', 'other'\], of which one is meant.*`set_adapter`"):
+            write()
+    assert not list(tmp_path.iterdir())
+    model.set_adapter("other")
+    save_adapter(model, tmp_path)
+    assert files_in(tmp_path) == SAVED
+
+
 def test_training_can_go_on(sam_folder, tmp_path):
     model = make_model(sam_folder)
     save_adapter(model, tmp_path)
     again = peft_talora.load(tmp_path, is_trainable=True)
-    assert again.training
+    assert all(module.training for module in again.modules())
     trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (again, model)]
     assert trained[0] == trained[1] != []
 
@@ -159,6 +181,13 @@ def test_saving_again_replaces_files_and_keeps_others(sam_folder, images, tmp_pa
     assert files_in(tmp_path) == SAVED | {"notes.txt"}
     assert (tmp_path / "README.md").read_text() == "a card\n"
     assert_same_model(peft_talora.load(tmp_path), model, images)
+
+
+def test_saving_without_an_image_processor_leaves_no_earlier_one(sam_folder, tmp_path):
+    save_adapter(make_model(sam_folder), tmp_path, make_image_processor(64, normalize=False))
+    (tmp_path / "results.json").write_text("{}")
+    save_adapter(make_model(sam_folder), tmp_path)
+    assert files_in(tmp_path) == SAVED | {"results.json"}
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -245,6 +274,14 @@ def test_the_precision_of_the_base_comes_back(sam_folder, images, tmp_path):
     loaded = peft_talora.load(tmp_path)
     assert loaded.get_base_model().dtype == torch.bfloat16
     assert_same_model(loaded, model, images.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["load", "int8", "float99"])
+def test_a_precision_that_is_none_is_named(dtype, damaged):
+    file = damaged / "msam_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": dtype}))
+    with pytest.raises(ValueError, match=rf"damaged/msam_config\.json: `dtype` must be one of \['float16'.*'{dtype}'"):
+        peft_talora.load(damaged)
 
 
 def test_a_base_that_nobody_else_has_is_not_pushed(saved):

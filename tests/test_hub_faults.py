@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, run_python, serve
+from hub_server import TOKEN, Repository, run_python, serve
 from test_hub import RESULTS, TASKS, assert_same_tensors, files_in, make_model, predict
 
 import peft_talora
@@ -38,6 +38,8 @@ token = os.environ.pop("HF_TOKEN")
 attempt("push without a token", peft_talora.push_to_hub, folder, "user/name")
 attempt("push with a wrong token", peft_talora.push_to_hub, folder, "user/name", token="hf_wrong")
 os.environ["HF_TOKEN"] = token
+for status in (400, 503):
+    attempt(f"push answered by {status}", peft_talora.push_to_hub, folder, f"user/answers-{status}")
 attempt("push that breaks off", peft_talora.push_to_hub, folder, "user/name")
 attempt("load what broke off", peft_talora.load, "user/name")
 os.environ["HF_TOKEN"] = "hf_wrong"
@@ -47,6 +49,8 @@ attempt("load without a token", peft_talora.load, "user/name")
 os.environ["HF_TOKEN"] = token
 attempt("load what is absent", peft_talora.load, "user/absent")
 attempt("push again", peft_talora.push_to_hub, folder, "user/name")
+attempt("load an absent revision", peft_talora.load, "user/name", revision="v9")
+attempt("load an absent revision's processor", peft_talora.load_image_processor, "user/name", revision="v9")
 
 short = peft_talora.load("user/name")
 copy = peft_talora.hub.fetch("user/name")
@@ -130,6 +134,7 @@ def test_401_names_the_repository_and_what_to_do(visit, doing, token):
     assert kind == "OSError"
     assert message.startswith("user/name: the Hub answered 401: the access token is missing or wrong")
     assert "hf auth login" in message
+    assert ("Invalid credentials" in message) is (token == "with a wrong token")  # the Hub got to see it
     assert TOKEN not in message
 
 
@@ -137,6 +142,20 @@ def test_404_names_the_repository(visit):
     kind, message = visit.said["load what is absent"]
     assert kind == "OSError"
     assert message.startswith("user/absent: the Hub answered 404: there is no such repository")
+
+
+@pytest.mark.parametrize("what", ["load an absent revision", "load an absent revision's processor"])
+def test_404_names_the_repository_of_a_revision(visit, what):
+    kind, message = visit.said[what]
+    assert kind == "OSError"
+    assert message.startswith("user/name: the Hub answered 404: there is no such repository or revision")
+
+
+@pytest.mark.parametrize(("status", "advice"), [(400, "the request was refused"), (503, "try again later")])
+def test_only_a_server_s_own_failure_is_worth_another_try(visit, status, advice):
+    kind, message = visit.said[f"push answered by {status}"]
+    assert kind == "OSError"
+    assert message.startswith(f"user/answers-{status}: the Hub answered {status}: {advice}")
 
 
 def test_an_interrupted_upload_leaves_nothing_half_committed_and_can_be_repeated(visit):
@@ -195,3 +214,29 @@ def test_an_adapter_saved_without_its_image_processor_says_so(sam_folder, tmp_pa
         OSError, match=r"preprocessor_config\.json is missing: .* `make_image_processor\(image_size\)`"
     ):
         peft_talora.load_image_processor(tmp_path)
+
+
+FETCH = """
+import sys, peft_talora
+
+for name in sys.argv[1:]:
+    try:
+        peft_talora.hub.fetch(name)
+        print("fetched")
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "msam_config.json"])
+def test_a_base_outside_of_a_repository_is_refused(file, tmp_path):
+    bases = ["base", "user/sam", "../base", "base/../../other", None]
+    with serve() as server:
+        for index, base in enumerate(bases):
+            content = json.dumps({"base_model_name_or_path": base}).encode()
+            server.repositories[f"user/a{index}"] = Repository({}, {file: content})
+        names = [f"user/a{index}" for index in range(len(bases))]
+        said = run_python(FETCH, *names, **server.environment(tmp_path / "home")).splitlines()
+    refused = "user/a{}: the base checkpoint {!r} in {} leads out of the repository."
+    wrong = [refused.format(index, bases[index], file) for index in (2, 3)]
+    assert said == ["fetched", "fetched", *wrong, "fetched"]

@@ -28,7 +28,7 @@ ALLOWED = {
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "metrics", "tasks"},
-    "checkpoint": {"files", "hub"},
+    "checkpoint": {"files", "hub", "tuner"},
 }
 
 

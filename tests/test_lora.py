@@ -159,8 +159,27 @@ class TestToLora:
         to_lora(model, "normals", tmp_path)
         with safe_open(tmp_path / "head.safetensors", framework="pt") as file:
             assert '"normals"' in file.metadata()["msam_config"]
+        to_lora(model, list(TASKS).index("normals"), tmp_path / "by position")
+        with safe_open(tmp_path / "by position" / "head.safetensors", framework="pt") as file:
+            assert '"normals"' in file.metadata()["msam_config"]
+        for task in ("main", 3):
+            with pytest.raises(ValueError, match=saying(repr(task), str(list(TASKS)))):
+                to_lora(model, task, tmp_path)
         sam = PeftModel.from_pretrained(MSamModel.from_pretrained(sam_folder, tasks=TASKS), tmp_path)
         assert_close(sam.vision_encoder(images)[0], embed(model, images, None))
+
+    def test_nothing_of_an_earlier_adapter_stays(self, sam_folder, tmp_path):
+        model = make_model(sam_folder)
+        save_adapter(model, tmp_path, make_image_processor(IMAGE_SIZE))
+        (tmp_path / "notes.txt").write_text("mine")
+        to_lora(model, "depth", tmp_path)
+        lora = {"adapter_config.json", "adapter_model.safetensors"}
+        others = {"README.md", "notes.txt"}
+        assert {file.name for file in tmp_path.iterdir()} == {*lora, *others, "head.safetensors"}
+        with pytest.raises(OSError, match=r"msam_config\.json is missing"):
+            peft_talora.load(tmp_path)
+        to_lora(adapt(MLP_2D), "depth", tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == {*lora, *others}
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_written_in_float32(self, dtype, tmp_path):
@@ -190,6 +209,10 @@ class TestToLora:
         with pytest.raises(ValueError, match=saying(*words)):
             to_lora(adapt(MLP_2D), task, tmp_path / "new", *adapter)
         assert not (tmp_path / "new").exists()
+
+    def test_an_unknown_adapter_is_told_by_names_alone(self, tmp_path):
+        with pytest.raises(ValueError, match=r"'absent' is no .* its adapters are \{'default': 'TALORA'\}\.$"):
+            to_lora(adapt(MLP_2D), 0, tmp_path, "absent")
 
     def test_refuses_another_method_and_layers_in_heads(self, sam_folder, tmp_path):
         lora = get_peft_model(MLP_2D.build(), LoraConfig(target_modules=["lin0"]))
@@ -261,6 +284,18 @@ class TestFromLoras:
             for factor in (layer.talora_in["default"], layer.talora_out["default"]):
                 assert_close(factor.T @ factor, torch.eye(factor.shape[1]), 1e-5)
             assert layer.scaling["default"] == 0.5
+
+    def test_a_head_of_an_earlier_export_is_not_taken(self, sam_folder, images, tmp_path):
+        to_lora(make_model(sam_folder), "depth", tmp_path / "depth")
+        loras, expected = save_loras(sam_folder, tmp_path, images)
+        from_loras(loras, tmp_path / "all")
+        assert_gives(tmp_path / "all", images, expected)
+
+    def test_an_image_processor_of_an_earlier_adapter_does_not_stay(self, sam_folder, images, tmp_path):
+        loras, _ = save_loras(sam_folder, tmp_path, images)
+        make_image_processor(IMAGE_SIZE).save_pretrained(tmp_path / "all")
+        from_loras(loras, tmp_path / "all")
+        assert not (tmp_path / "all" / "preprocessor_config.json").exists()
 
     def test_tasks_are_in_the_given_order(self, sam_folder, images, tmp_path):
         loras, expected = save_loras(sam_folder, tmp_path, images)
@@ -423,6 +458,34 @@ class TestFromLorasRefuses:
         with pytest.raises(ValueError, match=saying("lin0", "['A']")):
             from_loras({"day": tmp_path / "day"}, tmp_path / "both")
 
+    def test_a_folder_without_matrices(self, tmp_path):
+        save_lora(tmp_path / "day")
+        save_file({"base_model.model.lin1.weight": torch.zeros(2)}, tmp_path / "day" / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=saying("day", "no LoRA matrices", "lin1.weight")):
+            from_loras({"day": tmp_path / "day"}, tmp_path / "both")
+
+    def test_matrices_of_different_ranks(self, tmp_path):
+        save_lora(tmp_path / "day")
+        file = tmp_path / "day" / "adapter_model.safetensors"
+        save_file({name: x[:1] if "lora_A" in name else x for name, x in load_file(file).items()}, file)
+        with pytest.raises(ValueError, match=saying("lin0", "'lora_A': (1, 6)", "'lora_B': (9, 2)")):
+            from_loras({"day": tmp_path / "day"}, tmp_path / "both")
+
+    @pytest.mark.parametrize(("width", "shapes"), [((4, 9), "(9, 4)"), ((6, 8), "(8, 6)")], ids=["input", "output"])
+    def test_layers_of_different_shapes(self, width, shapes, tmp_path):
+        save_lora(tmp_path / "day")
+        save_lora(tmp_path / "night", build=lambda: torch.nn.ModuleDict({"lin0": torch.nn.Linear(*width)}))
+        with pytest.raises(ValueError, match=saying("'day'", "'night'", "lin0", "(9, 6)", shapes)):
+            from_loras({"day": tmp_path / "day", "night": tmp_path / "night"}, tmp_path / "both")
+
+    def test_a_head_that_does_not_say_whose_it_is(self, sam_folder, tmp_path):
+        to_lora(make_model(sam_folder), "depth", tmp_path / "depth")
+        head = tmp_path / "depth" / "head.safetensors"
+        for metadata in (None, {"format": "pt"}):
+            save_file({"a": torch.zeros(1)}, head, metadata=metadata)
+            with pytest.raises(ValueError, match=saying("head.safetensors", "does not say", "`to_lora`")):
+                from_loras({"depth": tmp_path / "depth"}, tmp_path / "all")
+
     def test_tasks_that_are_not_the_heads(self, sam_folder, images, tmp_path):
         loras, _ = save_loras(sam_folder, tmp_path, images)
         with pytest.raises(ValueError, match=saying("['depth']", "'roads'")):
@@ -459,6 +522,9 @@ class TestFromLorasRefuses:
             (({}, "x"), ["empty"]),
             (({"two words": tmp_path / "day"}, "x"), ["'two words'"]),
             (({"day": tmp_path / "day"}, "x", None, None, None, "night"), ["modules_from", "'night'"]),
+            (({"day": tmp_path / "day"}, "x", -1), ["`r`", "-1", "at least 1"]),
+            (({"day": tmp_path / "day"}, "x", 2, 0), ["`r_out`", "0", "at least 1"]),
+            (({"day": tmp_path / "day"}, "x", 2, 2, -2), ["`r_task`", "-2", "at least 1"]),
         ):
             with pytest.raises(ValueError, match=saying(*words)):
                 from_loras(*arguments)

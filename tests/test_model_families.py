@@ -29,7 +29,7 @@ from tuner_cases import (
 )
 
 from peft_talora.tuner import TALoRAConfig, TALoRALayer, use_task
-from peft_talora.tuner.families import DEFAULT_TARGETS
+from peft_talora.tuner.families import BLOCK_NORMS, DEFAULT_TARGETS, NOT_BY_SAMPLE
 
 every_family = pytest.mark.parametrize("case", parameters(FAMILIES))
 every_model = pytest.mark.parametrize("case", [*parameters(FAMILIES), *parameters([TEXT, MLP_2D])])
@@ -52,6 +52,16 @@ class TestDefaults:
         tested = {case.build().config.model_type for case in FAMILIES if "sam3" not in case.name}
         tested |= {"sam3", "sam3_vision_model", "sam3_vit_model"}  # these need torchvision to be built
         assert set(DEFAULT_TARGETS) - tested == {"msam", "sam2_video"}  # in test_msam_with_talora.py and below
+
+    def test_names_in_sam3(self):
+        """Without torchvision no SAM 3 can be built, yet its layers are told apart by their names alone."""
+        vision, text = "vision_encoder.backbone.layers.0", "text_encoder.text_model.encoder.layers.0"
+        names = [f"{vision}.attention.q_proj", f"{text}.self_attn.q_proj", "detr_decoder.layers.0.self_attn.q_proj"]
+        assert [name for name in names if name.endswith(tuple(DEFAULT_TARGETS["sam3"]))] == names[:1]
+        names = [f"{vision}.layer_norm1", f"{text}.layer_norm1", "detr_encoder.layers.0.layer_norm1"]
+        assert [name for name in names if BLOCK_NORMS.fullmatch(name)] == names[:1]
+        names = ["detr_decoder.box_head.layer1", "dot_product_scoring.query_proj", "dot_product_scoring.text_proj"]
+        assert [name for name in names if NOT_BY_SAMPLE.fullmatch(name)] == names[:2]
 
     def test_layers_to_transform(self):
         model = get_peft_model(make_sam_hq(), TALoRAConfig(r=4, layers_to_transform=[0, 2]))

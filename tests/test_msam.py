@@ -248,6 +248,19 @@ def test_post_process_crops_and_resizes_as_sams_processor(model, size):
     torch.testing.assert_close(model.post_process({"segmentation": low}, size)["segmentation"], theirs)
 
 
+def test_all_that_the_processor_gives_is_taken_and_the_whole_output_post_processed(model):
+    processor = SamImageProcessorPil(
+        size={"longest_edge": IMAGE_SIZE}, pad_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    inputs = processor(torch.randint(256, (37, 50, 3), dtype=torch.uint8).numpy(), return_tensors="pt")
+    output = model(**inputs)
+    maps = model.post_process(output, inputs["original_sizes"])
+    expected = model.post_process(model(inputs["pixel_values"]).logits, (37, 50))
+    assert maps.keys() == expected.keys() == TASKS.keys()
+    for name, value in expected.items():
+        assert torch.equal(maps[name], value)
+
+
 def test_images_of_several_sizes_lie_in_the_upper_left_corner(model):
     low = {"depth": torch.randn(3, 1, 32, 32)}
     sizes = torch.tensor([[40, 30], [20, 50], [40, 30]])

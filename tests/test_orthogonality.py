@@ -64,6 +64,14 @@ def test_of_one_adapter_and_in_full_precision():
         assert torch.equal(orthogonality_loss(model, "other"), other)
 
 
+def test_works_on_the_meta_device():
+    loss = orthogonality_loss(adapt(MLP_3D).to("meta"))
+    assert (loss.device.type, loss.shape) == ("meta", ())
+
+
 def test_an_adapter_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=saying("other")):
-        orthogonality_loss(adapt(MLP_3D, task_names=TASKS[:2]), "other")
+    model = adapt(MLP_3D, task_names=TASKS[:2])
+    with pytest.raises(ValueError, match=saying("'other'", "['default']")):
+        orthogonality_loss(model, "other")
+    with pytest.raises(ValueError, match=saying("an active adapter", "adapters are []")):
+        orthogonality_loss(MLP_3D.build())

@@ -217,6 +217,38 @@ class TestMerge:
             model.merge_adapter(safe_merge=True)
         assert all(torch.equal(a.weight, w) for a, w in zip(adapted_layers(model), weights, strict=True))
 
+    @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+    def test_safe_merge_of_a_broken_last_layer_merges_none(self, sam_folder, images, merge):
+        model = adapt_msam(sam_folder)
+        model.set_task("depth")
+        expected, modules = predict(model, images)["depth"], dict(model.named_modules())
+        last = adapted_layers(model)[-1].talora_in["default"]
+        sound = last.detach().clone()
+        with torch.no_grad():
+            last[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaNs detected"):
+            getattr(model, merge)(safe_merge=True)
+        with torch.no_grad():
+            last.copy_(sound)
+        assert not any(layer.merged for layer in adapted_layers(model))
+        assert dict(model.named_modules()) == modules
+        assert_close(predict(model, images)["depth"], expected)
+        assert predict(model, images, tasks=["normals"]).keys() == {"normals"}
+
+    def test_a_failed_merge_keeps_what_was_merged_before(self):
+        model = adapt(MLP_2D)
+        model.add_adapter("other", config_for(MLP_2D))
+        model.set_task("edges")
+        model.base_model.task_state.select(["other"], "depth")
+        model.merge_adapter(["default"])
+        expected = MLP_2D.call(model, MLP_2D.inputs())
+        with torch.no_grad():
+            adapted_layers(model)[-1].talora_in["other"][0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaNs detected"), pytest.warns(UserWarning, match="Already following"):
+            model.merge_adapter(["other"], safe_merge=True)
+        assert [layer.merged_adapters for layer in adapted_layers(model)] == [["default"]] * 2
+        assert_close(MLP_2D.call(model, MLP_2D.inputs()), expected)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_merges_on_a_cpu(self, sam_folder, images, dtype):
         model = redraw(get_peft_model(make_msam(sam_folder, dtype=dtype), TALoRAConfig(r=4, init_weights=False)))

@@ -188,6 +188,7 @@ def test_resuming_with_other_tasks_is_refused(small, trained):
     [
         (["--tasks", "depth", "heat"], "task 'heat': write name=channels or name=kind:channels"),
         (["--tasks", "depth", "heat=1"], "task 'heat=1': 'heat' is none of the kinds segmentation, depth"),
+        (["--tasks", "segmentation=2"], "task 'segmentation' has 2 channels; generated scenes need 10"),
         (["--task_order", "both"], "`task_order` must be 'folded', 'sequential' or 'auto'; got 'both'"),
         (["--per_device_train_batch_size", "15"], "14 training images do not fill one batch"),
     ],
@@ -279,10 +280,14 @@ def test_an_adapter_is_converted_there_and_back_and_compressed(trained, tmp_path
     printed = convert(monkeypatch, capsys, "compress", "--adapter", trained, "--r", 2, "--output", tmp_path / "small")
     assert 0 < float(printed.split()[-1]) < 1
     assert peft_talora.load(tmp_path / "small").peft_config["default"].r == 2
+    convert(monkeypatch, capsys, "compress", "--adapter", tmp_path / "small", "--r", 1, "--output", tmp_path / "small")
+    assert peft_talora.load_image_processor(tmp_path / "small").size == {"longest_edge": 64}  # in place, too
     curve = ["curve", *loras, "--ranks", 1, 16, "--output", tmp_path / "curve.png"]
     rows = [line.split() for line in convert(monkeypatch, capsys, *curve).splitlines()[1:]]
     assert [row[0] for row in rows] == ["1", "16"]
     assert float(rows[1][1]) < 1e-6 < float(rows[0][1])  # one adapter's tasks share its 16 columns
+    with pytest.raises(ValueError, match="`ranks` must be"):
+        convert(monkeypatch, capsys, *curve[:-4], 0, *curve[-3:])
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.size == (640, 360)
 

@@ -410,6 +410,33 @@ class TestAfterAnException:
         assert torch.equal(last.get_delta_weight("default"), last.get_delta_weight("default", "edges"))
         assert torch.equal(case.call(model, x, task_ids=[2, 0]), expected)
 
+    def test_a_direct_call_leaves_nothing_behind(self):
+        """Around it is no `PeftModel`, whose context would take back what the hooks leave."""
+        base, x = adapt(MLP_2D).get_base_model(), MLP_2D.inputs()
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            base(x[:, :5], task_ids=[1, 1])
+        with pytest.raises(ValueError, match="none is selected"):
+            base.lin0(x)
+
+    def test_a_failed_recomputation_leaves_the_choice(self):
+        model, x = adapt(TEXT), TEXT.inputs().requires_grad_()
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model.set_task("depth")
+        output = TEXT.call(model, x)
+        model.set_task("edges")
+        expected = TEXT.call(model, x)
+        assert_visibly_different(output, expected)
+
+        def fail(*_):
+            raise RuntimeError("in the middle")
+
+        handle = adapted_layers(model)[0].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            output.sum().backward()
+        handle.remove()
+        assert torch.equal(TEXT.call(model, x), expected)
+
 
 class TestUseTask:
     def test_restores_and_nests(self):

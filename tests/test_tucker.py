@@ -126,6 +126,7 @@ class TestTruncation:
     def test_a_zero_tensor_has_no_error(self):
         x = Tucker(torch.zeros(2, 2, 2, dtype=torch.float64), draw(D_OUT, 2), draw(D_IN, 2), draw(T, 2))
         assert relative_errors({"x": x}, {"x": x.truncated((1, 1, 1))}).overall == 0
+        assert relative_errors({"x": x}, {"x": random_tucker()}).overall > 1
 
     def test_never_builds_the_dense_tensor(self):
         size = 400_000  # dense, three tasks would take 3.8 TB

@@ -392,6 +392,9 @@ class TestMerge:
         delta = layer.get_delta_weight("default", "edges")
         assert delta.dtype == torch.float16
         assert_close(delta, expected, 1e-2)
+        core = layer.cores("default", torch.tensor([TASKS.index("edges")]))[0].float()
+        exact = layer.output_factor("default").float() @ core @ layer.talora_in["default"].float().T
+        assert torch.equal(delta, exact.half())  # rounded once, at the end
 
 
 class TestPrecision:
@@ -416,6 +419,16 @@ class TestPrecision:
             assert layer.cores("default", torch.arange(len(TASKS))).dtype == torch.float32
         assert output.dtype == torch.bfloat16
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert_close(output, expected, 2e-2)
+
+    def test_the_base_decides_on_the_dtype(self):
+        """A base layer that casts in a hook, as those do whose weights are stored in another precision."""
+        model, layer = adapt_linear(dtype=torch.float32)
+        x = inputs(BATCH, 3, D_IN).float()
+        expected = model(x, task_ids=[0, 2])
+        layer.base_layer.register_forward_hook(lambda module, args, output: output.bfloat16())
+        output = model(x, task_ids=[0, 2])
+        assert output.dtype == torch.bfloat16
         assert_close(output, expected, 2e-2)
 
     def test_autocast_of_the_adapter_can_be_left_off(self):

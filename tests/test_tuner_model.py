@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import make_sam
-from peft import PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tuner_cases import (
@@ -101,7 +101,8 @@ class TestStart:
         assert len(seen) == 1
 
     def test_more_task_ranks_than_tasks_is_quiet(self):
-        adapt(MLP_2D, r_task=4)
+        model = adapt(MLP_2D, r_task=4)  # pytest turns warnings into errors
+        assert all(layer.talora_core["default"].shape[2] == 4 for layer in adapted_layers(model))
 
     def test_task_type_warns_that_task_ids_vanish(self):
         with pytest.warns(UserWarning, match=saying("task_type=", "`task_ids`", "`set_task`")):
@@ -449,6 +450,22 @@ class TestSeveralAdapters:
         with pytest.raises(ValueError, match="'further'"):
             model.set_task("a", "further")
 
+    def test_nothing_of_a_deleted_adapter_is_left_in_a_layer(self):
+        """By the layer's own method, as transformers deletes: what is merged goes too."""
+        model, _ = self.both(MLP_2D)
+        model.set_task("a", "further")
+        model.merge_adapter(["further"])
+
+        def containers(layer: nn.Module) -> set[str]:
+            attributes = {**vars(layer), **dict(layer.named_children())}
+            types = (dict, nn.ModuleDict, nn.ParameterDict)
+            return {key for key, value in attributes.items() if isinstance(value, types) and "further" in value}
+
+        for layer in adapted_layers(model):
+            assert containers(layer) == {*layer.adapter_layer_names, *layer.other_param_names}
+            layer.delete_adapter("further")
+            assert not containers(layer)
+
     def test_name_of_a_deleted_adapter_is_free_again(self):
         model, _ = self.both(MLP_2D)
         model.delete_adapter("further")
@@ -512,7 +529,10 @@ class TestNames:
             model.add_adapter("further", config_for(MLP_2D, task_names=["indoor", "outdoor"]))
 
     def test_adapters_name_may_lie_inside_a_module_name(self):
-        adapt(MLP_2D, adapter_name="lin")
+        model = adapt(MLP_2D, adapter_name="lin")
+        assert list(model.peft_config) == ["lin"]
+        state = get_peft_model_state_dict(model, adapter_name="lin")
+        assert len(state) == len([name for name, _ in model.named_parameters() if "talora_" in name])
 
 
 LOAD_IN_A_FRESH_PROCESS = """

@@ -6,6 +6,7 @@ these. All is computed in float64 on the CPU, since the factors are small.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import nn
 
 from .config import QKV_PARTS, TALoRAConfig
 from .layer import TALoRALayer
-from .tucker import Ranks, RelativeErrors, Tucker, relative_errors
+from .tucker import Ranks, RelativeErrors, Tucker, check_ranks, relative_errors
 
 # What `alpha=None` means at every rank, so that a new adapter needs no alpha at all.
 _SCALING = 0.5
@@ -106,8 +107,10 @@ def compress(
         The relative error per layer and overall.
 
     Raises:
-        ValueError: For an unknown adapter, or a name that is taken.
+        ValueError: For a rank below 1, an unknown adapter, one with trained biases (which PEFT allows one adapter of a
+            model only), or a name that is taken.
     """
+    check_ranks(r=r, r_out=r_out, r_task=r_task)
     name = single_adapter(model) if adapter_name is None else adapter_name
     return model.base_model.add_weighted_adapter([name], [1.0], new_adapter_name, "svd", r, r_out, r_task)
 
@@ -115,7 +118,10 @@ def compress(
 def single_adapter(model: PeftModel) -> str:
     """The active adapter. Raises ValueError if there are several."""
     if len(model.active_adapters) != 1:
-        raise ValueError(f"The active adapters are {model.active_adapters}: name one by `adapter_name`.")
+        raise ValueError(
+            f"The active adapters are {model.active_adapters}, of which one is meant here: activate it by "
+            "`set_adapter`, or name it where there is an argument `adapter_name`."
+        )
     return model.active_adapters[0]
 
 
@@ -130,6 +136,7 @@ def add_weighted(
 ) -> RelativeErrors:
     """What `TALoRAModel.add_weighted_adapter` says; `ranks` are those of input, output and task factor."""
     _check(tuner, adapters, weights, adapter_name, combination_type, modules_from)
+    _check_limits(combination_type, *ranks)
     configs = [tuner.peft_config[name] for name in adapters]
     saved = _modules_to_save(tuner.model, adapters, modules_from)
     parts = [part for part in QKV_PARTS if any(part in config.qkv_parts for config in configs)]
@@ -150,7 +157,6 @@ def add_weighted(
         first.task_names,
         qkv_parts=parts,
         modules_to_save=list(saved),
-        bias=first.bias,
         dropout=first.dropout,
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -158,8 +164,10 @@ def add_weighted(
     _inject(tuner, adapter_name, config)
     for name, layer in adapted_layers(tuner.model, adapter_name).items():
         _fill(layer, adapter_name, weights_of(tensors[name], config))
+        layer.talora_dropout[adapter_name].train(tuner.model.training)  # new modules start in training mode
     for wrapper, source in saved.values():
-        wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[source].state_dict())
+        copied = wrapper.modules_to_save[adapter_name].train(tuner.model.training)
+        copied.load_state_dict(wrapper.modules_to_save[source].state_dict())
     return relative_errors(exact, tensors)
 
 
@@ -168,6 +176,8 @@ def _check(tuner, adapters, weights, adapter_name, combination_type, modules_fro
         raise ValueError(f"`combination_type` must be 'cat' or 'svd'; got {combination_type!r}.")
     if not adapters or len(set(adapters)) < len(adapters) or len(weights) != len(adapters):
         raise ValueError(f"Give different adapters and a weight for each; got {adapters} and {weights}.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"`weights` must be finite numbers; got {weights}.")
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:
         raise ValueError(f"Unknown adapters {unknown}; the TA-LoRA adapters are {list(tuner.peft_config)}.")
@@ -175,9 +185,23 @@ def _check(tuner, adapters, weights, adapter_name, combination_type, modules_fro
         raise ValueError(f"`modules_from` must be None or one of {adapters}; got {modules_from!r}.")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"`adapter_name`={adapter_name!r} is taken; the adapters are {list(tuner.peft_config)}.")
+    biases = {name: tuner.peft_config[name].bias for name in adapters}
+    if set(biases.values()) != {"none"}:
+        raise ValueError(
+            f"`bias` of the adapters is {biases}; allowed: 'none'. Biases are trained in the base model itself, and "
+            "PEFT lets one adapter only have them, so no other adapter can be made that has the same update."
+        )
     tasks = {name: tuner.peft_config[name].task_names for name in adapters}
     if any(names != tasks[adapters[0]] for names in tasks.values()):
         raise ValueError(f"Only adapters of the same tasks in the same order can be added up; got {tasks}.")
+
+
+def _check_limits(combination_type: str, r: int | None, r_out: int | None, r_task: int | None) -> None:
+    given = {"svd_rank": r, "r_out": r_out, "r_task": r_task}
+    check_ranks(**given)
+    given = {name: rank for name, rank in given.items() if rank is not None}
+    if combination_type == "cat" and given:
+        raise ValueError(f"`combination_type='cat'` keeps all ranks, but {given} was given; 'svd' cuts to ranks.")
 
 
 def _limits(configs, layers, r: int | None, r_out: int | None, r_task: int | None) -> Ranks:

@@ -6,6 +6,8 @@ layer's sizes, R and O the ranks of the input and of the output factor.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -23,15 +25,26 @@ class _FusedLinear(torch.autograd.Function):
         x_LD = x.reshape(-1, x.shape[-1])
         d_LD = x_LD if dropped is None else dropped.reshape(x_LD.shape)
         weight_T = weight.to(dtype).T
-        y_LD = x_LD @ weight_T if bias is None else torch.addmm(bias.to(dtype), x_LD, weight_T)
+        # What is returned must be no view, or callers could not change it in place, as `ReLU(inplace=True)` does.
+        y = x.new_empty(*x.shape[:-1], weight_T.shape[1])
+        y_LD = y.view(-1, y.shape[-1])
+        if bias is None:
+            torch.mm(x_LD, weight_T, out=y_LD)
+        else:
+            torch.addmm(bias.to(dtype), x_LD, weight_T, out=y_LD)
         z_LR = d_LD @ in_DR.to(dtype)
         y_LD.addmm_(_per_entry(z_LR, cores_NOR.to(dtype).mT), out_DO.to(dtype).T)
         ctx.has_dropped = dropped is not None
         ctx.save_for_backward(x if dropped is None else dropped, z_LR, weight, bias, in_DR, cores_NOR, out_DO)
-        return y_LD.view(*x.shape[:-1], y_LD.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx, grad_y):
+        with without_autocast(grad_y.device.type):  # it may be on here and off in forward
+            return _FusedLinear._backward(ctx, grad_y)
+
+    @staticmethod
+    def _backward(ctx, grad_y):
         d, z_LR, weight, bias, in_DR, cores_NOR, out_DO = ctx.saved_tensors
         needs = dict(zip(("x", "dropped", "weight", "bias", "in", "cores", "out"), ctx.needs_input_grad, strict=True))
         dtype = d.dtype
@@ -62,7 +75,7 @@ class _FusedLinear(torch.autograd.Function):
 def _per_entry(rows_LA: torch.Tensor, matrices_NAB: torch.Tensor) -> torch.Tensor:
     """Every row times the matrix of its own entry: (L, A), (N, A, B) → (L, B)."""
     grouped_NMA = rows_LA.reshape(len(matrices_NAB), -1, rows_LA.shape[-1])
-    return (grouped_NMA @ matrices_NAB).reshape(len(rows_LA), -1)
+    return (grouped_NMA @ matrices_NAB).reshape(len(rows_LA), matrices_NAB.shape[-1])
 
 
 def fused_linear(
@@ -95,9 +108,12 @@ def can_fuse(base_layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether calling `base_layer` does nothing but the product with a frozen, plain weight.
 
     Not so for quantised or sharded weights, subclasses, layers with hooks or with a forward of their own (offloading
-    puts one there), and weights that are trained. A compiler fuses by itself, so it gets the plain formula.
+    puts one there), and weights that are trained. Compilers, which fuse by themselves, tracers and the transforms of
+    `torch.func` get the plain formula, too.
     """
-    if torch.compiler.is_compiling() or type(base_layer) is not nn.Linear or "forward" in vars(base_layer):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(base_layer) is not nn.Linear or "forward" in vars(base_layer):
         return False
     weight = base_layer.weight
     if weight.requires_grad or type(weight) not in (nn.Parameter, torch.Tensor) or type(x) is not torch.Tensor:
@@ -111,6 +127,12 @@ def can_fuse(base_layer: nn.Module, x: torch.Tensor) -> bool:
         base_layer._backward_hooks,
     )
     return not any(hooks) and not nn.modules.module._has_any_global_hook()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context without autocast, on devices that have none (such as "meta") too."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _autocasts(x: torch.Tensor) -> bool:

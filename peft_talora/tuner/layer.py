@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 
 from .compatibility import resolve_quantization_backend
 from .config import QKV_PARTS, TALoRAConfig
-from .fused import can_fuse, fused_linear
+from .fused import can_fuse, fused_linear, without_autocast
 from .task_state import TaskState, task_index
 
 
@@ -170,7 +169,7 @@ class TALoRALayer(BaseTunerLayer):
         # By name: the container's own order is not that of the tasks.
         rows = self.talora_task[adapter_name]
         task_TK = torch.stack([rows[name] for name in self.task_state.task_names[adapter_name]])
-        with _without_autocast(core_ORK.device.type):
+        with without_autocast(core_ORK.device.type):
             # `linear`, not `matmul`: that one's last bits depend on whether the parameters require gradients.
             cores_NX = F.linear(task_TK.index_select(0, indices), core_ORK.flatten(0, 1))
             return self.scaling[adapter_name] * cores_NX.unflatten(1, core_ORK.shape[:2])
@@ -212,11 +211,6 @@ def _replace_rows(rows: nn.ParameterDict, tasks: dict[str, nn.Parameter]) -> Non
     """In the order that a new adapter's rows have (sorted by name), so that an optimiser's saved state fits them."""
     rows.clear()
     rows.update(tasks)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    available = torch.amp.is_autocast_available(device_type)  # the meta device has none, and would raise
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 class Linear(nn.Module, TALoRALayer):

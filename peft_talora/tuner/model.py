@@ -285,10 +285,29 @@ class TALoRAModel(BaseTuner):
             del self.task_state.calls[depth:]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge the selected task; see `BaseTuner.merge_adapter`."""
+        """Merge the selected task, into all layers or, on an error, none; see `BaseTuner.merge_adapter`."""
         self._check_task_selected(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with self._all_or_none():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self.task_state.sync()
+
+    @contextmanager
+    def _all_or_none(self):
+        """On an error put layers back where they were, merged with what they were merged with."""
+        places = [(parent, name, child) for parent in self.model.modules() for name, child in parent.named_children()]
+        merged = [(layer, list(layer.merged_adapters)) for layer in self.task_state.layers]
+        try:
+            yield
+        except Exception:
+            for parent, name, child in places:
+                if parent.get_submodule(name) is not child:
+                    setattr(parent, name, child)
+            for layer, names in merged:
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
 
     def unmerge_adapter(self) -> None:
         """Unmerge what was merged; see `BaseTuner.unmerge_adapter`."""
@@ -304,7 +323,8 @@ class TALoRAModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_task_selected(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with self._all_or_none():
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.task_state.trained_only.clear()
         self.task_state.trained_before.clear()
         self.task_state.sync()

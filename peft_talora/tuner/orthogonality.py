@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .fused import without_autocast
 from .layer import TALoRALayer
 
 
@@ -13,8 +14,9 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None, square
 
     The mean over layers, and over the three terms of a layer, of ‖UᵀU − I‖², ‖VᵀV − I‖² and, averaged over k,
     ‖G_kᵀG_k − I‖² (Frobenius; G_k G_kᵀ where r_out < r, as no more columns can be orthonormal). With U and V
-    orthonormal, the size of an update is that of its core. Source: the set-up of MTSAM (ICLR 2025), where the weight
-    is 0.1 to 1 and the norms are not squared.
+    orthonormal, the size of an update is that of its core. The core starts at zero, so the loss starts at a third of
+    the smaller rank: it asks the core to grow, not only the factors to stay. Source: the set-up of MTSAM (ICLR 2025),
+    where the weight is 0.1 to 1 and the norms are not squared.
 
     Args:
         model: A model with a TA-LoRA adapter, inside a `PeftModel` or not.
@@ -24,13 +26,15 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None, square
     Raises:
         ValueError: If no layer has the adapter.
     """
+    layers = [module for module in model.modules() if isinstance(module, TALoRALayer)]
     losses = []
-    for layer in model.modules():
-        if isinstance(layer, TALoRALayer):
-            names = layer.active_adapters if adapter_name is None else [adapter_name]
-            losses += [_of_layer(layer, name, squared) for name in names if name in layer.talora_core]
+    for layer in layers:
+        names = layer.active_adapters if adapter_name is None else [adapter_name]
+        losses += [_of_layer(layer, name, squared) for name in names if name in layer.talora_core]
     if not losses:
-        raise ValueError(f"No TA-LoRA layer has the adapter {adapter_name or 'that is active'!r}.")
+        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
+        known = list(dict.fromkeys(name for layer in layers for name in layer.talora_core))
+        raise ValueError(f"No layer has {wanted} of TA-LoRA; the TA-LoRA adapters are {known}.")
     return torch.stack(losses).mean()
 
 
@@ -45,7 +49,7 @@ def _of_layer(layer: TALoRALayer, adapter_name: str, squared: bool) -> torch.Ten
 
 def _distance(matrices: torch.Tensor, squared: bool) -> torch.Tensor:
     """Mean over the matrices A of ‖AᵀA − I‖, in the parameters' precision even under autocast."""
-    with torch.autocast(matrices.device.type, enabled=False):
+    with without_autocast(matrices.device.type):
         gram = matrices.mT @ matrices
         difference = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     norms = difference.flatten(1).square().sum(1) if squared else difference.flatten(1).norm(dim=1)

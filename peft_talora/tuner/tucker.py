@@ -14,6 +14,13 @@ import torch
 Ranks = tuple[int | None, int | None, int | None]
 
 
+def check_ranks(**ranks: int | None) -> None:
+    """Raise ValueError, naming it, for a rank that is neither None nor an integer of at least 1."""
+    for name, rank in ranks.items():
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ValueError(f"`{name}` must be None or an integer of at least 1; got {rank!r}.")
+
+
 @dataclass(frozen=True)
 class RelativeErrors:
     """How far an approximation is from what it approximates, ‖X − X̂‖ / ‖X‖ in the Frobenius norm over all tasks.
