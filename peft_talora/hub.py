@@ -72,10 +72,16 @@ def save_adapter(
         card: Text of the model card; None leaves PEFT's.
 
     Raises:
-        ValueError: If several adapters are active.
+        TypeError: If the model is no such one.
+        ValueError: If several adapters are active, or something is trained that the adapter would not hold.
     """
+    if not isinstance(model, PeftModel) or not isinstance(model.get_base_model(), MSamModel):
+        raise TypeError(
+            f"A PeftModel around an MSamModel is needed, got {type(model).__name__}: `save_pretrained` it."
+        )
     folder = Path(folder)
     base, adapter = model.get_base_model(), single_adapter(model)
+    _check_all_is_saved(model, adapter)
     with write_aside(folder, owned=ADAPTER_FILES) as aside:
         model.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
         if adapter != "default":  # PEFT gives every other name a folder of its own
@@ -90,6 +96,17 @@ def save_adapter(
             image_processor.save_pretrained(aside)
         if card is not None:
             (aside / "README.md").write_text(card)
+
+
+def _check_all_is_saved(model: PeftModel, adapter: str) -> None:
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    kept = {tensor.data_ptr() for tensor in saved.values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in kept]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} parameters are trained that the adapter {adapter!r} does not hold, such as {lost[0]}: they "
+            "would be lost. Name their modules in the configuration's `modules_to_save`, or freeze them."
+        )
 
 
 def rebuild_config(base: MSamModel, folder: Path, heads: Collection[str] | None = None) -> dict[str, Any]:
@@ -160,7 +177,12 @@ def load(
 
 def _load_base(base: str | Path, config: Mapping[str, Any], folder: Path) -> tuple[MSamModel, list[str]]:
     """The mSAM of an adapter, and the names of the heads for which its base, a saved mSAM, has no weights."""
-    saved = checkpoint_type(base, {}) == "msam"
+    try:
+        saved = checkpoint_type(base, {}) == "msam"
+    except OSError as error:
+        raise OSError(
+            f"{folder}: its base checkpoint {base} is not there; say by `base=` where it is: {error}"
+        ) from error
     model = MSamModel.from_pretrained(
         base,
         tasks=None if saved else config["tasks"],

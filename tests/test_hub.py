@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_sam
 from hub_server import run_python, serve
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tuner_cases import saying
 
 import peft_talora
 from peft_talora import MSamModel, TALoRAConfig, checkpoint, files, hub, make_image_processor, save_adapter
@@ -143,6 +145,30 @@ def test_several_active_adapters_are_refused(sam_folder, tmp_path):
     model.set_adapter("other")
     save_adapter(model, tmp_path)
     assert files_in(tmp_path) == SAVED
+
+
+def test_what_is_trained_beside_the_adapter_is_not_lost_without_a_word(sam_folder, tmp_path):
+    model = make_model(sam_folder)
+    model.get_base_model().vision_encoder.neck.conv1.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=saying("1 parameters", "'default'", "neck.conv1.weight", "modules_to_save")):
+        save_adapter(model, tmp_path)
+    assert files_in(tmp_path) == set()
+
+
+def test_models_of_another_kind_are_refused(sam_folder, tmp_path):
+    for model in (make_model(sam_folder).get_base_model(), get_peft_model(make_sam(), TALoRAConfig())):
+        with pytest.raises(TypeError, match=saying("PeftModel around an MSamModel", type(model).__name__)):
+            save_adapter(model, tmp_path)
+
+
+def test_a_base_that_has_moved_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "msam_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "away")}))
+    with pytest.raises(OSError, match=saying(str(tmp_path / "adapter"), "away", "base=")):
+        peft_talora.load(tmp_path / "adapter")
+    peft_talora.load(tmp_path / "adapter", base=config["base_model_name_or_path"])
 
 
 def test_training_can_go_on(sam_folder, tmp_path):
