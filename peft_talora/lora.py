@@ -53,7 +53,7 @@ def to_lora(model: PeftModel, task: str | int, folder: str | Path, adapter_name:
     base, folder = model.get_base_model(), Path(folder)
     heads = list(base.task_heads) if isinstance(base, MSamModel) else []
     names = config.task_names
-    if heads and len(names) == 1 and (task in heads or names[0] not in heads):  # all heads share the adapter
+    if heads and len(names) == 1 and names[0] not in heads:  # all heads share the adapter
         index, head = 0, heads[task_index(task, heads)]
     else:
         index = task_index(task, names)
