@@ -20,6 +20,7 @@ from tuner_cases import (
     assert_close,
     assert_visibly_different,
     config_for,
+    needs_peft_0_21,
     saying,
     trainable_names,
 )
@@ -119,6 +120,7 @@ class TestTargets:
 
 
 class TestBias:
+    @needs_peft_0_21
     @pytest.mark.parametrize("bias", ["all", "talora_only"])
     def test_a_trained_bias_is_saved_and_comes_back(self, bias, tmp_path):
         model = redraw(adapt(TEXT, bias=bias))
