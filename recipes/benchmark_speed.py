@@ -1,6 +1,6 @@
 """Measure what TA-LoRA costs, beside a frozen encoder, PEFT's LoRA and a dense update, doing equal work.
 
-    python recipes/benchmark_speed.py                                              # a CPU, about ten minutes
+    python recipes/benchmark_speed.py                                              # a CPU, about twelve minutes
     python recipes/benchmark_speed.py --dtype bfloat16 --image_size 1024 --layer_image_size 1024 --num_layers 12 \
         --output docs/results/speed-gpu.json --only P1 P2 P3 P4 P7 P9 sweep        # an accelerator, if there is one
 
@@ -53,7 +53,7 @@ class SpeedArguments:
     layer_image_size: int = field(default=448, metadata={"help": "Pixels whose patches a single layer sees."})
     dtype: str = field(default="float32", metadata={"help": "Of encoder and activations. P1 and P4 take both."})
     r: int = field(default=16, metadata={"help": "Rank of all adapters."})
-    rounds: int = field(default=15, metadata={"help": "Turns that are measured, after two that are not."})
+    rounds: int = field(default=9, metadata={"help": "Turns that are measured, after two that are not."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads."})
     peak_of: str | None = field(default=None, metadata={"help": "Print the peak memory of one variant, and stop."})
 

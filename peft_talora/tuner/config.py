@@ -13,6 +13,7 @@ MAIN_TASK = "main"
 QKV_PARTS = ("q", "k", "v")
 INIT_WEIGHTS = ("orthogonal", "gaussian", True, False)
 UNCOMPRESSED_TASKS = 4
+TIED_TASKS = "`r_task=1` makes the updates of all tasks multiples of one matrix."
 
 
 def check_task_names(task_names: list[str]) -> None:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .config import TALoRAConfig, check_task_names
+from .config import TIED_TASKS, TALoRAConfig, check_task_names
 from .layer import TALoRALayer
 from .task_state import TaskState, task_index
 
@@ -251,7 +251,7 @@ def _find_source(init: str, known: list[str]) -> str | None:
 def _warn(layers: list[TALoRALayer], adapter_name: str, num_tasks: int, trains: bool) -> None:
     cores = [layer.talora_core[adapter_name] for layer in layers]
     if num_tasks == 2 and cores[0].shape[2] == 1:
-        warnings.warn("`r_task=1` makes the updates of all tasks multiples of one matrix.", stacklevel=4)
+        warnings.warn(TIED_TASKS, stacklevel=4)
     if not trains and not any(core.any() for core in cores):
         warnings.warn(
             f"The core of adapter {adapter_name!r} is zero in every layer, as before training. The new row gets no "

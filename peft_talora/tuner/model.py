@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from . import grow
 from .compatibility import check_bias, resolve_quantization_backend
-from .config import MAIN_TASK, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
+from .config import MAIN_TASK, TIED_TASKS, UNCOMPRESSED_TASKS, TALoRAConfig, check_task_names
 from .convert import add_weighted
 from .families import BLOCK_NORMS, DEFAULT_TARGETS, NOT_BY_SAMPLE
 from .layer import Linear, TALoRALayer
@@ -31,7 +31,7 @@ _PEFT_HEAD_GUESSES = ("classifier", "score", "qa_outputs")
 class TALoRAModel(BaseTuner):
     """Puts TA-LoRA into a model's linear layers (https://arxiv.org/abs/2403.10971). [`TALoRALayer`] has the formula.
 
-    Contract with a base model that has a head per task (four plain names, so that neither side imports the other):
+    Contract with a base model that has a head per task (plain names, so that neither side imports the other):
 
     1. The base keeps its heads in an `nn.ModuleDict` named `task_heads`; from it the tuner fills in `task_names` and
        `modules_to_save` where the config leaves them None.
@@ -170,7 +170,7 @@ class TALoRAModel(BaseTuner):
         r, r_out, r_task = peft_config.r, peft_config.r_out or peft_config.r, peft_config.r_task
         num_tasks = len(peft_config.task_names)
         if num_tasks > 1 and r_task == 1:
-            warnings.warn("`r_task=1` makes the updates of all tasks multiples of one matrix.", stacklevel=2)
+            warnings.warn(TIED_TASKS, stacklevel=2)
         if r > r_out * r_task or r_out > r * r_task:
             warnings.warn(
                 f"With r={r}, r_out={r_out} and r_task={r_task} a mode of the core is rank-deficient: neither r nor "
@@ -253,7 +253,7 @@ class TALoRAModel(BaseTuner):
         Args:
             adapters: Names of adapters with the same tasks in the same order; ranks, scalings, layers and
                 `qkv_parts` may differ.
-            weights: One per adapter, of any sign.
+            weights: One per adapter, finite, of any sign.
             adapter_name: Name of the new adapter.
             combination_type: `"cat"` is exact: factors lie side by side, so ranks add up, though never beyond the
                 layer's size or the number of tasks. `"svd"` cuts that to the given ranks by the truncated
@@ -268,8 +268,8 @@ class TALoRAModel(BaseTuner):
             The relative error per layer and overall.
 
         Raises:
-            ValueError: For adapters that are unknown or have different tasks, a name that is taken, an unknown
-                combination type, or modules that differ.
+            ValueError: For adapters that are unknown, have different tasks or trained biases, a name that is taken,
+                an unknown combination type, ranks below 1 or beside `"cat"`, or modules that differ.
         """
         ranks = (svd_rank, r_out, r_task)
         return add_weighted(self, adapters, weights, adapter_name, combination_type, ranks, modules_from)
@@ -435,10 +435,9 @@ def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None 
     if not layers:
         raise ValueError(f"{type(model).__name__} has no TA-LoRA adapter, so no task can be set.")
     state = layers[0].task_state
-    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.talora_core)
     if any(layer.merged for layer in layers):
         warnings.warn("The task cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-    state.select(list(active) if adapter_name is None else [adapter_name], task)
+    state.select(state.active_adapters() if adapter_name is None else [adapter_name], task)
     state.sync()
 
 
