@@ -140,6 +140,39 @@ def balanced_bce(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
     return (_mean_where(positive_BHW, loss_BHW) + _mean_where(negative_BHW, loss_BHW)) / classes.clamp(min=1)
 
 
+def focal_loss(logits_NHW: Tensor, targets_NHW: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of N binary masks, a mean over the pixels of each (arXiv:1708.02002, equation 5).
+
+    Args:
+        logits_NHW: of the probability of the mask.
+        targets_NHW: the share of each pixel that the mask covers, in [0, 1], of the logits' dtype.
+        alpha: weight of what is covered; the rest has 1 − alpha.
+        gamma: power of the error by which easy pixels are weighed down.
+
+    Returns:
+        (N,).
+    """
+    logits_NHW = _wide(logits_NHW)
+    loss_NHW = F.binary_cross_entropy_with_logits(logits_NHW, targets_NHW, reduction="none")
+    weight_NHW = 1 - alpha + (2 * alpha - 1) * targets_NHW
+    return (weight_NHW * (targets_NHW - torch.sigmoid(logits_NHW)).abs() ** gamma * loss_NHW).mean((-2, -1))
+
+
+def dice_loss(logits_NHW: Tensor, targets_NHW: Tensor) -> Tensor:
+    """1 − Dice coefficient of N binary masks, with 1 added above and below (arXiv:1606.04797).
+
+    Args:
+        logits_NHW: of the probability of the mask.
+        targets_NHW: the share of each pixel that the mask covers, in [0, 1].
+
+    Returns:
+        (N,), each from 0 to 1.
+    """
+    probability_NHW = torch.sigmoid(_wide(logits_NHW))
+    overlap = (probability_NHW * targets_NHW).sum((-2, -1))
+    return 1 - (2 * overlap + 1) / (probability_NHW.sum((-2, -1)) + targets_NHW.sum((-2, -1)) + 1)
+
+
 def _check_class_ids(labels: Tensor, classes: int) -> None:
     """Raise ValueError for labels on the CPU that `wrong_class_ids` finds."""
     # On an accelerator, reading the answer back would make every step wait for the device; it would split a compiled

@@ -12,11 +12,11 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 from .files import write_aside
 
 PATCH_SIZE = 8
-WIDTH = 64
+WIDTH = 96
 
 
 def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
-    """A stock `SamModel` of 1.1 million parameters, whose embedding depends on the image.
+    """A stock `SamModel` of 2.4 million parameters, whose embedding depends on the image.
 
     transformers starts a vision encoder at a standard deviation of 1e-10 and positions at zero, so that every image
     gets the same embedding. Here matrices keep the size of what they multiply (standard deviation 1/√fan-in), and
@@ -36,20 +36,20 @@ def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
         raise ValueError(f"`image_size` must be a positive multiple of {PATCH_SIZE}; got {image_size}.")
     sizes = {"image_size": image_size, "patch_size": PATCH_SIZE}
     vision = SamVisionConfig(
-        hidden_size=128,
+        hidden_size=160,
         output_channels=WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        window_size=8,
-        global_attn_indexes=[1, 3],
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        window_size=4,
+        global_attn_indexes=[2, 5],
         num_pos_feats=WIDTH // 2,
-        mlp_dim=512,
+        mlp_dim=640,
         initializer_range=0.02,
         **sizes,
     )
     prompt = SamPromptEncoderConfig(hidden_size=WIDTH, mask_input_channels=16, **sizes)
     decoder = SamMaskDecoderConfig(
-        hidden_size=WIDTH, mlp_dim=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4, iou_head_hidden_dim=WIDTH
+        hidden_size=WIDTH, mlp_dim=256, num_hidden_layers=2, num_attention_heads=4, iou_head_hidden_dim=WIDTH
     )
     config = SamConfig(
         vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder, initializer_range=0.02

@@ -18,11 +18,14 @@ normals               float32 (3, H, W): unit vectors in camera coordinates, x r
                       on the camera's side of the surface (a wall seen head-on has (0, 0, −1)); the vector 0 unknown
 ====================  ================================================================================================
 
+``ObjectScenes`` alone differs: it has masks of objects instead of labels, for promptable segmentation.
+
 Datasets are sequences of samples (``__len__``, ``__getitem__``); a `Collator` makes batches of them.
 """
 
 from .collate import Collator, make_image_processor
 from .folder import FolderDataset
+from .object_scenes import ObjectScenes
 from .synthetic import TASKS as SYNTHETIC_TASKS
 from .synthetic import SyntheticScenes
 from .transforms import AugmentedDataset, JointAugmentation
@@ -33,6 +36,7 @@ __all__ = [
     "Collator",
     "FolderDataset",
     "JointAugmentation",
+    "ObjectScenes",
     "SyntheticScenes",
     "make_image_processor",
 ]

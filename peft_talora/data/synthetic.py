@@ -102,7 +102,10 @@ def _tensor(label):
 
 
 def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The uint8 image (3, H, W) of a scene, with noise drawn from ``rng``, and its labels as arrays by task name."""
+    """The uint8 image (3, H, W) of a scene, with noise drawn from ``rng``, and its labels as arrays by task name.
+
+    Beside the six tasks, ``objects`` tells the objects of the room apart: 0 is the room itself.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):  # rays parallel to a face, or past a ball
         rays = scene.camera.rays()
         depth, surface = cast(scene.camera, scene.room, scene.solids, rays)
@@ -118,6 +121,7 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, dict[str
         "edges": boundaries(objects.astype(np.int32) * len(CLASSES) + segmentation),
         "saliency": _saliency(scene, objects),
         "parts": parts,
+        "objects": objects,
     }
     return _develop(radiance, rng), labels
 

@@ -1,0 +1,237 @@
+"""Pre-train the small SAM as SAM is trained: promptable segmentation, by points, boxes and no prompt at all.
+
+    accelerate launch recipes/pretrain_sam.py --output_dir runs/pretrain
+    accelerate launch recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest
+    python recipes/pretrain_sam.py --output_dir runs/rooms --data rooms         # the same on SyntheticScenes
+    python recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest \
+        --compare rooms=runs/rooms --data_root camvid --ignored_class 11        # a finished run is only measured
+
+The checkpoint in `peft_talora/small_sam` was made by it. It writes a stock `SamModel` in half precision with its image
+processor, `pretraining.json` (how well it segments, beside baselines) and a card.
+
+Axes: B images, P prompts of each, M masks of each prompt, H W pixels, h w SAM's low-resolution masks.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import extract_model_from_parallel, set_seed, tqdm
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import SamModel
+
+from peft_talora import checkpoint, data, engine, files, losses, promptable, small_sam
+from peft_talora.prompts import jitter_boxes, mask_boxes, mask_iou, random_points
+
+PROMPTS = {"click": 0.3, "click, one mask": 0.1, "box": 0.35, "points": 0.15, "none": 0.1}  # share of the steps
+
+
+@dataclass
+class PretrainArguments:
+    """What the recipe can be told."""
+
+    output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the result."})
+    data: str = field(default="objects", metadata={"help": "'objects' (ObjectScenes) or 'rooms' (SyntheticScenes)."})
+    image_size: int = field(default=128, metadata={"help": "Side of the images in pixels, a multiple of 32."})
+    max_steps: int = field(default=3600, metadata={"help": "Optimiser steps; no image is seen twice."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per step and process."})
+    prompts: int = field(default=8, metadata={"help": "Prompts per image and step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
+    warmup_steps: int = field(default=200, metadata={"help": "Steps with a rising learning rate; it falls as a cosine."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "'bf16' or 'no'."})
+    seed: int = field(default=0, metadata={"help": "Of weights, images and prompts."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads per process. None: all cores."})
+    dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that draw images; 0: none."})
+    save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' goes on with output_dir's."})
+    test_images: int = field(default=256, metadata={"help": "Held-out generated images of each kind."})
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Other SAM checkpoints to measure, as name=folder."}
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Real images to measure on: <root>/<real_split>/image and /segmentation."}
+    )
+    real_split: str = field(default="val", metadata={"help": "That split."})
+    ignored_class: int = field(default=losses.IGNORE_INDEX, metadata={"help": "Its class that is no region."})
+
+
+class MaskTargets(Dataset):
+    """Images as the encoder takes them, (3, H, W), with as many masks, drawn anew from those of the image."""
+
+    def __init__(self, scenes: Dataset, prompts: int):
+        self.scenes, self.prompts = scenes, prompts
+        processor = data.make_image_processor(scenes.size)
+        self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.scenes[index]
+        chosen = torch.randint(len(sample["masks"]), (self.prompts,), generator=torch.Generator().manual_seed(index))
+        prominent = promptable.most_prominent(sample["masks"])
+        return {
+            "pixel_values": (sample["image"] - self.mean) / self.std,
+            "masks": sample["masks"][chosen],
+            "prominent": sample["masks"][prominent],
+        }
+
+
+def make_scenes(kind: str, split: str, num_images: int, size: int) -> Dataset:
+    """The images to learn from, or held-out ones."""
+    kinds = {"objects": data.ObjectScenes, "rooms": promptable.RoomMasks}
+    if kind not in kinds:
+        raise ValueError(f"`data` is {kind!r}; allowed: {', '.join(kinds)}")
+    return kinds[kind](split, num_images, size)
+
+
+def draw_prompts(masks_BPHW: torch.Tensor, kind: str, generator: torch.Generator) -> dict:
+    """What `SamModel` takes for one kind of prompt."""
+    B, P = masks_BPHW.shape[:2]
+    masks_NHW = masks_BPHW.flatten(0, 1)
+    if kind == "none":
+        return {}
+    if kind == "box":
+        return {"input_boxes": jitter_boxes(mask_boxes(masks_NHW), generator).view(B, P, 4)}
+    points = [random_points(masks_NHW, generator)]
+    labels = [1]
+    if kind == "points":  # one more inside, and one outside but near
+        near = F.max_pool2d(masks_NHW.float(), 21, stride=1, padding=10).bool() & ~masks_NHW
+        near = torch.where(near.flatten(1).any(1)[:, None, None], near, ~masks_NHW)
+        points += [random_points(masks_NHW, generator), random_points(near, generator)]
+        labels = [1, 1, 0]
+    return {
+        "input_points": torch.stack(points, dim=1).view(B, P, len(labels), 2),
+        "input_labels": torch.tensor(labels).expand(B, P, -1),
+    }
+
+
+def mask_loss(masks_BPMhw: torch.Tensor, iou_BPM: torch.Tensor, targets_BPHW: torch.Tensor) -> torch.Tensor:
+    """20 · focal + Dice of the best of the M masks, and the squared error of all predicted IoUs (SAM, appendix A)."""
+    masks_BPMhw, iou_BPM = masks_BPMhw.float(), iou_BPM.float()
+    covered_BPhw = F.adaptive_avg_pool2d(targets_BPHW.float(), masks_BPMhw.shape[-2:])
+    covered_BPMhw = covered_BPhw[:, :, None].expand_as(masks_BPMhw)
+    loss_BPM = 20 * losses.focal_loss(masks_BPMhw, covered_BPMhw) + losses.dice_loss(masks_BPMhw, covered_BPMhw)
+    true_iou_BPM = mask_iou(masks_BPMhw > 0, covered_BPMhw >= 0.5)
+    return loss_BPM.amin(-1).mean() + (iou_BPM - true_iou_BPM).square().mean()
+
+
+def step_loss(model: torch.nn.Module, batch: dict, step: int, seed: int) -> torch.Tensor:
+    """The loss of one step; kind and places of its prompts are a function of seed and step."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+    kinds, shares = list(PROMPTS), torch.tensor(list(PROMPTS.values()))
+    kind = kinds[int(torch.multinomial(shares, 1, generator=generator))]
+    targets = batch["prominent"][:, None] if kind == "none" else batch["masks"]
+    prompts = {name: value.to(targets.device) for name, value in draw_prompts(targets.cpu(), kind, generator).items()}
+    output = model(pixel_values=batch["pixel_values"], multimask_output=kind == "click", **prompts)
+    return mask_loss(output.pred_masks, output.iou_scores, targets)
+
+
+def main() -> None:
+    """Train, measure, write."""
+    args = engine.parse_arguments(PretrainArguments)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        # A step's prompts use some of the prompt encoder only.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    engine.set_threads(args, accelerator)
+    set_seed(args.seed)
+    model, seconds = train(args, accelerator)
+    if accelerator.is_main_process:
+        report(args, accelerator, extract_model_from_parallel(model), seconds)
+    accelerator.end_training()
+
+
+def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.Module, float]:
+    """Take all steps that are left. Returns the prepared model and the seconds that training took."""
+    model = small_sam.make_small_sam(args.image_size, args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    scheduler = transformers.get_cosine_schedule_with_warmup(
+        optimizer, args.warmup_steps * accelerator.num_processes, args.max_steps * accelerator.num_processes
+    )
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    progress = {"step": 0, "seconds": 0.0, "loss": []}
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint is not None:
+        progress = checkpoint.load_training_state(accelerator, folder, asdict(args))
+    bar = tqdm(total=args.max_steps, initial=progress["step"], desc="pre-training", dynamic_ncols=True)
+    recent, begun = [], time.perf_counter()
+    for batch in batches_from(args, accelerator, progress["step"]):
+        loss = step_loss(model.train(), batch, progress["step"], args.seed)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {progress['step']} is {loss}: lower `learning_rate`")
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        progress["step"] += 1
+        recent.append(loss.item())
+        bar.update()
+        if progress["step"] % args.save_steps == 0 or progress["step"] == args.max_steps:
+            progress["loss"].append(sum(recent) / len(recent))
+            progress["seconds"] += time.perf_counter() - begun
+            accelerator.print(f"step {progress['step']}: loss {progress['loss'][-1]:.4f}, {progress['seconds']:.0f} s")
+            checkpoint.save_training_state(accelerator, folder, progress, asdict(args))
+            recent, begun = [], time.perf_counter()
+    bar.close()
+    return model, progress["seconds"]
+
+
+def batches_from(args: PretrainArguments, accelerator: Accelerator, step: int) -> Iterator[dict]:
+    """The batches of the steps that are left, each image once."""
+    batch_size = args.per_device_train_batch_size * accelerator.num_processes
+    targets = MaskTargets(make_scenes(args.data, "train", args.max_steps * batch_size, args.image_size), args.prompts)
+    left = Subset(targets, range(step * batch_size, len(targets)))
+    loader = DataLoader(
+        left, args.per_device_train_batch_size, num_workers=args.dataloader_num_workers, pin_memory=False
+    )
+    return iter(accelerator.prepare(loader)) if len(left) else iter(())
+
+
+def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, seconds: float) -> None:
+    """Measure the model and its baselines on held-out images; write checkpoint, figures and card."""
+    model = model.float().eval()
+    models = {"pre-trained": model, "untrained": small_sam.make_small_sam(args.image_size, args.seed)}
+    for entry in args.compare:
+        name, _, path = entry.partition("=")
+        models[name] = SamModel.from_pretrained(path, dtype=torch.float32)
+    kinds = {"objects": 0, "rooms": 0}
+    sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in kinds}
+    if args.data_root is not None:
+        sets["real"] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
+    figures = {
+        name: promptable.measure({k: m.to(accelerator.device) for k, m in models.items()}, scenes)
+        for name, scenes in sets.items()
+    }
+    results = {
+        "figures": figures,
+        "training": {
+            "data": args.data,
+            "images": args.max_steps * args.per_device_train_batch_size * accelerator.num_processes,
+            "minutes": seconds / 60,
+            "hardware": engine.describe_hardware(accelerator),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "arguments": asdict(args),
+        },
+    }
+    with files.write_aside(args.output_dir) as aside:
+        small_sam.save_in_half_precision(model, aside)
+        data.make_image_processor(args.image_size).save_pretrained(aside)
+        files.write_json(aside / "pretraining.json", results)
+        (aside / "README.md").write_text(small_sam.card(results))
+    print(json.dumps(figures, indent=1))
+    print(f"The checkpoint, pretraining.json and a card are in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
