@@ -28,7 +28,13 @@ ALLOWED = {
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "metrics", "tasks"},
-    "checkpoint": {"files", "hub", "tuner"},
+    "evaluation": {"data", "engine", "metrics", "tasks"},
+    "adapters": {"msam", "tuner"},
+    "mtlora": {"adapters", "files", "hub", "msam"},
+    "methods": {"adapters", "engine", "hub", "msam", "mtlora", "tuner"},
+    "checkpoint": {"files", "hub"},
+    "results": {"checkpoint"},
+    "report": {"data", "engine", "evaluation", "files", "hub", "plotting", "results", "tasks"},
 }
 
 
