@@ -106,12 +106,12 @@ def of_run(accelerator: Accelerator, model: PeftModel, progress: Progress) -> di
 
 
 def restrict(results: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Any]:
-    """The results with the test metrics of these tasks only."""
+    """The results of an adapter of these tasks alone: their test metrics, on the same images."""
     only = {
         moment: {name: metrics for name, metrics in results[moment].items() if name in tasks}
         for moment in ("before", "after")
     }
-    return {**results, **only}
+    return {**results, **only, "arguments": {**results["arguments"], "allow_unlabelled": True}}
 
 
 def combine(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
