@@ -27,8 +27,14 @@ ALLOWED = {
     "hub": {"files", "msam", "msam_config", "tuner"},
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
-    "engine": {"data", "losses", "metrics", "tasks"},
-    "checkpoint": {"files", "hub", "tuner"},
+    "engine": {"data", "losses", "msam_config", "tasks"},
+    "evaluation": {"data", "engine", "metrics", "tasks"},
+    "adapters": {"msam", "tuner"},
+    "mtlora": {"adapters", "files", "hub", "msam"},
+    "methods": {"adapters", "engine", "hub", "msam", "mtlora", "tuner"},
+    "checkpoint": {"files", "hub"},
+    "results": {"checkpoint", "version"},
+    "report": {"data", "engine", "evaluation", "files", "hub", "plotting", "results", "tasks"},
 }
 
 
