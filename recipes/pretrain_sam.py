@@ -13,6 +13,7 @@ Axes: B images, P prompts of each, M masks of each prompt, H W pixels, h w SAM's
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ class PretrainArguments:
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the result."})
     data: str = field(default="objects", metadata={"help": "'objects' (ObjectScenes) or 'rooms' (SyntheticScenes)."})
     image_size: int = field(default=128, metadata={"help": "Side of the images in pixels, a multiple of 32."})
-    max_steps: int = field(default=3600, metadata={"help": "Optimiser steps; no image is seen twice."})
+    max_steps: int = field(default=4800, metadata={"help": "Optimiser steps; no image is seen twice."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per step and process."})
     prompts: int = field(default=8, metadata={"help": "Prompts per image and step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
@@ -104,7 +105,8 @@ def draw_prompts(masks_BPHW: torch.Tensor, kind: str, generator: torch.Generator
     points = [random_points(masks_NHW, generator)]
     labels = [1]
     if kind == "points":  # one more inside, and one outside but near
-        near = F.max_pool2d(masks_NHW.float(), 21, stride=1, padding=10).bool() & ~masks_NHW
+        rows_NHW = F.max_pool2d(masks_NHW.float(), (1, 21), stride=1, padding=(0, 10))
+        near = F.max_pool2d(rows_NHW, (21, 1), stride=1, padding=(10, 0)).bool() & ~masks_NHW
         near = torch.where(near.flatten(1).any(1)[:, None, None], near, ~masks_NHW)
         points += [random_points(masks_NHW, generator), random_points(near, generator)]
         labels = [1, 1, 0]
@@ -145,46 +147,54 @@ def main() -> None:
     )
     engine.set_threads(args, accelerator)
     set_seed(args.seed)
-    model, seconds = train(args, accelerator)
+    model, progress = train(args, accelerator)
     if accelerator.is_main_process:
-        report(args, accelerator, extract_model_from_parallel(model), seconds)
+        report(args, accelerator, extract_model_from_parallel(model), progress)
     accelerator.end_training()
 
 
-def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.Module, float]:
-    """Take all steps that are left. Returns the prepared model and the seconds that training took."""
+def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.Module, checkpoint.Progress]:
+    """Take all steps that are left. Returns the prepared model and how the training went."""
     model = small_sam.make_small_sam(args.image_size, args.seed)
+    model.set_attn_implementation("eager")  # on a CPU a third faster than fused kernels at so few tokens
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(
         optimizer, args.warmup_steps * accelerator.num_processes, args.max_steps * accelerator.num_processes
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    progress = {"step": 0, "seconds": 0.0, "loss": []}
-    folder = Path(args.output_dir)
+    folder, progress = Path(args.output_dir), checkpoint.Progress(tasks=[], arguments=deciding_arguments(args))
     if args.resume_from_checkpoint is not None:
-        progress = checkpoint.load_training_state(accelerator, folder, asdict(args))
-    bar = tqdm(total=args.max_steps, initial=progress["step"], desc="pre-training", dynamic_ncols=True)
+        found = checkpoint.find_checkpoint(folder, args.resume_from_checkpoint)
+        progress = checkpoint.load_checkpoint(accelerator, found, folder, progress)
+    bar = tqdm(total=args.max_steps, initial=progress.step, desc="pre-training", dynamic_ncols=True)
     recent, begun = [], time.perf_counter()
-    for batch in batches_from(args, accelerator, progress["step"]):
-        loss = step_loss(model.train(), batch, progress["step"], args.seed)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {progress['step']} is {loss}: lower `learning_rate`")
+    for batch in batches_from(args, accelerator, progress.step):
+        loss = step_loss(model.train(), batch, progress.step, args.seed)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        progress["step"] += 1
+        progress.step += 1
         recent.append(loss.item())
+        if not math.isfinite(recent[-1]):
+            raise FloatingPointError(f"the loss of step {progress.step} is {recent[-1]}: lower `learning_rate`")
         bar.update()
-        if progress["step"] % args.save_steps == 0 or progress["step"] == args.max_steps:
-            progress["loss"].append(sum(recent) / len(recent))
-            progress["seconds"] += time.perf_counter() - begun
-            accelerator.print(f"step {progress['step']}: loss {progress['loss'][-1]:.4f}, {progress['seconds']:.0f} s")
-            checkpoint.save_training_state(accelerator, folder, progress, asdict(args))
+        if progress.step % args.save_steps == 0 or progress.step == args.max_steps:
+            progress.seconds += time.perf_counter() - begun
+            progress.history.append({"step": progress.step, "loss": sum(recent) / len(recent)})
+            accelerator.print(f"step {progress.step}: loss {progress.history[-1]['loss']:.4f}, {progress.seconds:.0f} s")
+            checkpoint.save_checkpoint(accelerator, folder, progress, keep=1)
             recent, begun = [], time.perf_counter()
     bar.close()
-    return model, progress["seconds"]
+    return model, progress
+
+
+def deciding_arguments(args: PretrainArguments) -> dict:
+    """What decides the course of the training."""
+    free = {"output_dir", "num_threads", "dataloader_num_workers", "save_steps", "resume_from_checkpoint"}
+    free |= {"test_images", "compare", "data_root", "real_split", "ignored_class"}
+    return {name: value for name, value in asdict(args).items() if name not in free}
 
 
 def batches_from(args: PretrainArguments, accelerator: Accelerator, step: int) -> Iterator[dict]:
@@ -198,15 +208,14 @@ def batches_from(args: PretrainArguments, accelerator: Accelerator, step: int) -
     return iter(accelerator.prepare(loader)) if len(left) else iter(())
 
 
-def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, seconds: float) -> None:
+def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, progress: checkpoint.Progress) -> None:
     """Measure the model and its baselines on held-out images; write checkpoint, figures and card."""
     model = model.float().eval()
     models = {"pre-trained": model, "untrained": small_sam.make_small_sam(args.image_size, args.seed)}
     for entry in args.compare:
         name, _, path = entry.partition("=")
         models[name] = SamModel.from_pretrained(path, dtype=torch.float32)
-    kinds = {"objects": 0, "rooms": 0}
-    sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in kinds}
+    sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in ("objects", "rooms")}
     if args.data_root is not None:
         sets["real"] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
     figures = {
@@ -218,7 +227,8 @@ def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, s
         "training": {
             "data": args.data,
             "images": args.max_steps * args.per_device_train_batch_size * accelerator.num_processes,
-            "minutes": seconds / 60,
+            "minutes": progress.seconds / 60,
+            "loss": progress.history,
             "hardware": engine.describe_hardware(accelerator),
             "parameters": sum(p.numel() for p in model.parameters()),
             "arguments": asdict(args),
