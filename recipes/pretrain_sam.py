@@ -6,7 +6,7 @@
     python recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest \
         --compare rooms=runs/rooms --data_root camvid --ignored_class 11        # a finished run is only measured
 
-The checkpoint in `peft_talora/small_sam` was made by it. It writes a stock `SamModel` in half precision with its image
+The checkpoint in `peft_talora/checkpoints/small-sam` was made by it. It writes a stock `SamModel` in half precision with its image
 processor, `pretraining.json` (how well it segments, beside baselines) and a card.
 
 Axes: B images, P prompts of each, M masks of each prompt, H W pixels, h w SAM's low-resolution masks.
@@ -27,8 +27,10 @@ from accelerate.utils import extract_model_from_parallel, set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import SamModel
 
+import peft_talora
 from peft_talora import checkpoint, data, engine, files, losses, promptable, small_sam
 from peft_talora.prompts import jitter_boxes, mask_boxes, mask_iou, random_points
+from peft_talora.records import describe_hardware
 
 PROMPTS = {"click": 0.3, "click, one mask": 0.1, "box": 0.35, "points": 0.15, "none": 0.1}  # share of the steps
 
@@ -210,37 +212,81 @@ def batches_from(args: PretrainArguments, accelerator: Accelerator, step: int) -
 
 def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, progress: checkpoint.Progress) -> None:
     """Measure the model and its baselines on held-out images; write checkpoint, figures and card."""
-    model = model.float().eval()
+    model = model.half().float().eval()  # as it will be read again
     models = {"pre-trained": model, "untrained": small_sam.make_small_sam(args.image_size, args.seed)}
     for entry in args.compare:
-        name, _, path = entry.partition("=")
-        models[name] = SamModel.from_pretrained(path, dtype=torch.float32)
+        name, _, folder = entry.partition("=")
+        models[name] = SamModel.from_pretrained(folder, dtype=torch.float32).eval()
+    models = {name: model.to(accelerator.device) for name, model in models.items()}
     sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in ("objects", "rooms")}
     if args.data_root is not None:
         sets["real"] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
-    figures = {
-        name: promptable.measure({k: m.to(accelerator.device) for k, m in models.items()}, scenes)
-        for name, scenes in sets.items()
-    }
     results = {
-        "figures": figures,
+        "figures": {name: promptable.measure(models, scenes) for name, scenes in sets.items()},
         "training": {
             "data": args.data,
             "images": args.max_steps * args.per_device_train_batch_size * accelerator.num_processes,
             "minutes": progress.seconds / 60,
-            "loss": progress.history,
-            "hardware": engine.describe_hardware(accelerator),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "hardware": describe_hardware(args.num_threads),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "losses": progress.history,
             "arguments": asdict(args),
+            "versions": {module.__name__: module.__version__ for module in (peft_talora, torch, transformers)},
         },
     }
     with files.write_aside(args.output_dir) as aside:
-        small_sam.save_in_half_precision(model, aside)
+        save_in_half_precision(model, aside)
         data.make_image_processor(args.image_size).save_pretrained(aside)
         files.write_json(aside / "pretraining.json", results)
-        (aside / "README.md").write_text(small_sam.card(results))
-    print(json.dumps(figures, indent=1))
+        (aside / "README.md").write_text(card(results))
+    print(figures_table(results["figures"]))
     print(f"The checkpoint, pretraining.json and a card are in {args.output_dir}.")
+
+
+def save_in_half_precision(model: SamModel, folder: Path) -> None:
+    """Write a checkpoint of half the size, whose configuration says that it is to be used in float32."""
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    files.write_json(folder / "config.json", {**config, "dtype": "float32"})
+    model.float()
+
+
+def figures_table(figures: dict[str, dict]) -> str:
+    """Mean IoU as Markdown, by set of images and model."""
+    columns = ("box", "click", "best of 3", "no prompt")
+    lines = ["| images | model | one box | one click | best of its 3 masks | no prompt |", "|---|---|---:|---:|---:|---:|"]
+    for name, models in figures.items():
+        for model, values in models.items():
+            cells = [f"{values[column]:.3f}" if column in values else "" for column in columns]
+            lines.append(f"| {name}, {values['masks']} masks | {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def card(results: dict) -> str:
+    """The model card."""
+    training, arguments = results["training"], results["training"]["arguments"]
+    return f"""---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: mask-generation
+tags: [segment-anything, small, synthetic]
+---
+
+# A small SAM
+
+A stock `SamModel` of {training["parameters"] / 1e6:.1f} million parameters for images of {arguments["image_size"]} pixels: a base to try
+methods on without downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` of `peft_talora` made it.
+
+- **Trained on** {training["images"]:,} generated images ({training["data"]}), each seen once, with {arguments["prompts"]} prompts each: points, boxes,
+  and none (which means the most prominent object). 20 · focal + Dice loss of the best mask, squared error of the
+  predicted IoU. Prompts by masks were not trained.
+- **Cost**: {training["minutes"]:.0f} minutes on {training["hardware"]}; {arguments["mixed_precision"]}, batch {arguments["per_device_train_batch_size"]}, AdamW {arguments["learning_rate"]:g}, seed {arguments["seed"]}.
+- **Precision**: the weights are stored in half precision; the configuration reads them as float32.
+
+Mean IoU on held-out images; a box is the mask's own, a click its innermost point:
+
+{figures_table(results["figures"])}
+"""
 
 
 if __name__ == "__main__":
