@@ -28,6 +28,11 @@ ALLOWED = {
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "metrics", "tasks"},
+    "intervals": set(),
+    "jobs": {"files"},
+    "protocols": {"losses", "tasks"},
+    "records": {"files"},
+    "benchmark_table": {"intervals", "metrics", "plotting", "protocols", "records"},
     "checkpoint": {"files", "hub", "tuner"},
 }
 
