@@ -1,7 +1,7 @@
 """Checkpoints of a training run: written aside and renamed when whole, so that a kill at any moment leaves none half.
 
 Accelerate writes optimiser, scheduler, scaler and random states, and reads them without unpickling objects
-(`weights_only`); the model's part is the adapter alone, as safetensors.
+(`weights_only`); the model's part are its adapters alone, as safetensors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from accelerate.utils import extract_model_from_parallel
 from accelerate.utils import load as load_state_file
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .files import check_safetensors, sync, write_aside, write_json
 from .hub import WEIGHTS_NAME
-from .tuner.convert import single_adapter
 
 PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
@@ -42,6 +41,7 @@ class Progress:
         best_step: Its step.
         images: Images trained on.
         seconds: Time spent in training steps.
+        step_seconds: Of the latest steps each one's own time, without loading data, validating and saving.
         before: Test metrics before training.
         history: One entry per evaluation: step, losses and metrics on the validation images.
     """
@@ -55,26 +55,39 @@ class Progress:
     best_step: int = 0
     images: int = 0
     seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """`Accelerator.save_state` hook: of a `PeftModel`, only what is trained is saved, once for all processes."""
+    """`Accelerator.save_state` hook: of a `PeftModel`, its adapters are saved and no more, once for all processes."""
     weights.clear()
     if not PartialState().is_main_process:
         return
     model = extract_model_from_parallel(models[0])
-    state = get_peft_model_state_dict(model, adapter_name=single_adapter(model), save_embedding_layers=False)
-    save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / WEIGHTS_NAME)
+    state = {}
+    for adapter, prefix in _prefixes(model).items():
+        own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        state |= {prefix + name: value.contiguous() for name, value in own.items()}
+    save_file(state, Path(folder) / WEIGHTS_NAME)
 
 
 def load_adapter_only(models: list[nn.Module], folder: str) -> None:
     """`Accelerator.load_state` hook, the counterpart of [`save_adapter_only`]."""
     model = extract_model_from_parallel(models.pop())
-    file, adapter = Path(folder) / WEIGHTS_NAME, single_adapter(model)
+    file = Path(folder) / WEIGHTS_NAME
     check_safetensors(file)
-    set_peft_model_state_dict(model, load_file(file), adapter_name=adapter)
+    state = load_file(file)
+    for adapter, prefix in _prefixes(model).items():
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        set_peft_model_state_dict(model, own, adapter_name=adapter)
+
+
+def _prefixes(model: PeftModel) -> dict[str, str]:
+    """What the names of each adapter's tensors begin with: a single one's are those of its own folder."""
+    names = list(model.peft_config)
+    return {names[0]: ""} if len(names) == 1 else {name: f"{name}/" for name in names}
 
 
 def save_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
@@ -170,10 +183,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
             f"{checkpoint} was trained on the tasks {_describe(progress.tasks)}, this run has "
             f"{_describe(wanted.tasks)}: resume with the same tasks, or start anew in another `output_dir`."
         )
-    trained, now = progress.arguments, json.loads(json.dumps(wanted.arguments))
-    differing = [f"{name}={trained.get(name)!r} (now {now[name]!r})" for name in now if trained.get(name) != now[name]]
-    if differing:
-        raise ValueError(f"{checkpoint} was trained with {', '.join(differing)}: resume with the same arguments.")
+    check_same_arguments(progress.arguments, wanted.arguments, checkpoint)
     _check_states(checkpoint, accelerator.num_processes)
     accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process and progress.best_loss is not None:
@@ -181,6 +191,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
         with write_aside(folder / "best") as aside:
             shutil.copyfile(checkpoint / BEST_NAME, aside / WEIGHTS_NAME)
     return progress
+
+
+def check_same_arguments(trained: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
+    """Raise ValueError, naming what differs, unless a run was trained with the arguments that are wanted now."""
+    now = json.loads(json.dumps(wanted))
+    differing = [f"{name}={trained.get(name)!r} (now {now[name]!r})" for name in now if trained.get(name) != now[name]]
+    if differing:
+        raise ValueError(f"{source} was trained with {', '.join(differing)}: resume with the same arguments.")
 
 
 def _check_states(checkpoint: Path, num_processes: int) -> None:

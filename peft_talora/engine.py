@@ -1,4 +1,4 @@
-"""What more than one recipe needs: arguments, data sets, the training step, evaluation.
+"""What more than one recipe needs: arguments, data sets, the order of tasks, the training step.
 
 Axes: B images, T tasks, C channels, H W pixels.
 """
@@ -18,17 +18,16 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from packaging.version import Version
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import HfArgumentParser, PreTrainedModel
 
-from .data import SYNTHETIC_TASKS, Collator, FolderDataset, SyntheticScenes
+from .data import SYNTHETIC_TASKS, AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes
 from .losses import IGNORE_INDEX
-from .metrics import Metric
 from .tasks import KINDS, Task
 
 TaskOrder = Literal["folded", "sequential"]
+Activate = Callable[[Sequence[str]], None]
 Arguments = TypeVar("Arguments")
 
 
@@ -51,6 +50,21 @@ class DataArguments:
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process; the order of sums depends on it. None: all cores."}
     )
+
+
+@dataclass
+class SplitArguments(DataArguments):
+    """Which images are trained on and how, which choose the checkpoint, which give the reported figures."""
+
+    train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
+    val_split: str | None = field(
+        default=None, metadata={"help": "Split that chooses the checkpoint. None: a part of the training images."}
+    )
+    val_fraction: float = field(default=0.1, metadata={"help": "That part, as a share."})
+    test_split: str = field(default="test", metadata={"help": "Split of the reported figures; it chooses nothing."})
+    augment: bool = field(default=True, metadata={"help": "Random scale-crop (1, 1.2, 1.5) and horizontal flip."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Images per step and process."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
 
 
 def parse_arguments(
@@ -149,6 +163,51 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
     return FolderDataset(args.data_root, split, tasks, args.derive_edges, ignored)
 
 
+def open_splits(
+    args: SplitArguments, seed: int, tasks: Sequence[Task], image_size: int
+) -> tuple[AugmentedDataset, Dataset, Dataset]:
+    """Training, validation and test images. Without a validation split, training images are held out for it.
+
+    Which images, in which order and how augmented depends on their number and the seed, not on the tasks.
+    """
+    read = partial(open_split, args, tasks=tasks, image_size=image_size)
+    train_set, test_set = read(args.train_split), read(args.test_split)
+    if args.val_split is not None:
+        val_set = read(args.val_split)
+    else:
+        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = max(1, round(args.val_fraction * len(train_set)))
+        train_set, val_set = Subset(train_set, sorted(order[held_out:])), Subset(train_set, sorted(order[:held_out]))
+    scales, flip = ((1.0, 1.2, 1.5), 0.5) if args.augment else ((1.0,), 0.0)
+    return AugmentedDataset(train_set, JointAugmentation(tasks, scales, flip), seed), val_set, test_set
+
+
+def make_loader(
+    args: SplitArguments, seed: int, dataset: Dataset, collator: Collator, num_processes: int
+) -> DataLoader:
+    """Batches of training images, in another order every epoch; the seed decides it.
+
+    Raises:
+        ValueError: If there is not a whole batch for every process.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=args.per_device_train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if len(loader) < num_processes:
+        raise ValueError(
+            f"{len(dataset)} training images do not fill one batch of `per_device_train_batch_size`="
+            f"{args.per_device_train_batch_size} on each of {num_processes} processes: lower it, or give more images."
+        )
+    return loader
+
+
 def set_threads(args: DataArguments, accelerator: Accelerator) -> None:
     """Give every process its share of the machine's cores, or what `args.num_threads` says, and note it there.
 
@@ -185,12 +244,17 @@ def task_groups(task_names: Sequence[str], order: TaskOrder) -> list[list[str]]:
     return [list(task_names)] if order == "folded" else [[name] for name in task_names]
 
 
+def keep_active(tasks: Sequence[str]) -> None:
+    """Nothing needs to be switched before an encoder pass."""
+
+
 def backward(
     accelerator: Accelerator,
     model: nn.Module,
     batch: Mapping[str, Any],
     order: TaskOrder,
     regularizer: Callable[[], torch.Tensor] | None = None,
+    activate: Activate = keep_active,
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of all tasks of a batch: the gradients of the sum of their losses.
 
@@ -203,6 +267,7 @@ def backward(
         batch: As a `Collator` makes it, on the model's device.
         order: `folded` or `sequential`.
         regularizer: Gives a scalar that is added to the losses once, whatever the order.
+        activate: Called with the tasks of each pass before it.
 
     Returns:
         Each task's loss, detached.
@@ -210,6 +275,7 @@ def backward(
     losses = {}
     groups = task_groups(list(batch["labels"]), order)
     for group in groups:
+        activate(group)
         output = model(
             pixel_values=batch["pixel_values"],
             tasks=group,
@@ -221,96 +287,3 @@ def backward(
         accelerator.backward(output.loss + regularizer() if last else output.loss)
         losses |= {name: loss.detach() for name, loss in output.losses.items()}
     return losses
-
-
-@torch.no_grad()
-def evaluate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    batch_size: int,
-    order: TaskOrder = "sequential",
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """All metrics and losses of all tasks over a data set, pooled over its labelled pixels.
-
-    Every process takes its share of the images and the counts are added, so each image counts once.
-
-    Args:
-        accelerator: Says on which device, and with which other processes.
-        model: An mSAM, adapted or not; its mode (training or not) is restored.
-        dataset: Of samples as `peft_talora.data` describes them.
-        collator: Makes batches; its tasks are the ones evaluated.
-        batch_size: Images per pass and process.
-        order: `folded` or `sequential`.
-
-    Returns:
-        metrics by task and metric, and losses by task, of the tasks that have labels there.
-    """
-    model = accelerator.unwrap_model(model)
-    was_training = model.training
-    model.eval()
-    with accelerator.split_between_processes(list(range(len(dataset)))) as indices:
-        loader = DataLoader(Subset(dataset, indices), batch_size=batch_size, collate_fn=collator)
-    metrics = {task.name: task.metric() for task in collator.tasks}
-    sums = {task.name: torch.zeros(2, dtype=torch.float64) for task in collator.tasks}
-    for batch in loader:
-        pixel_values = batch["pixel_values"].to(accelerator.device)
-        for group in task_groups([task.name for task in collator.tasks], order):
-            with accelerator.autocast():
-                output = model(pixel_values=pixel_values, tasks=group)
-            logits = model.post_process(output.logits, batch["original_sizes"])
-            for task in (task for task in collator.tasks if task.name in group):
-                _count(task, logits[task.name].cpu(), batch["labels"][task.name], metrics[task.name], sums[task.name])
-    model.train(was_training)
-    return _pool(accelerator, metrics, sums)
-
-
-def _count(task: Task, logits: torch.Tensor, labels: torch.Tensor, metric: Metric, total: torch.Tensor) -> None:
-    metric.update(logits, labels)
-    labelled = int(task.has_label(labels).sum())
-    if labelled:
-        total += torch.tensor([labelled * task.loss(logits, labels).item(), labelled], dtype=torch.float64)
-
-
-def _pool(accelerator: Accelerator, metrics, sums) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    add = partial(accelerator.reduce, reduction="sum")
-    figures, losses = {}, {}
-    for name, metric in metrics.items():
-        if accelerator.num_processes > 1:
-            state = {key: add(value.to(accelerator.device)).cpu() for key, value in metric.state.items()}
-            metric.reset()
-            metric.merge(state)
-            sums[name] = add(sums[name].to(accelerator.device)).cpu()
-        figures[name] = metric.compute()
-        total, labelled = sums[name].tolist()
-        if labelled:
-            losses[name] = total / labelled
-    return figures, losses
-
-
-@torch.no_grad()
-def predict(model: PeftModel, collator: Collator, samples: Sequence[Mapping]) -> list[dict[str, torch.Tensor]]:
-    """Each sample's logits (C, H, W) by task, at the size of its image, on the CPU; one image at a time."""
-    model.eval()
-    logits = []
-    for sample in samples:
-        batch = collator([sample])
-        output = model(pixel_values=batch["pixel_values"].to(model.device))
-        resized = model.post_process(output.logits, batch["original_sizes"])
-        logits.append({name: value[0].cpu() for name, value in resized.items()})
-    return logits
-
-
-def count_parameters(model: PeftModel) -> dict[str, int]:
-    """Trained parameters of the adapter proper, of the heads and of other modules (norms), and all parameters."""
-    counts = {"adapter": 0, "heads": 0, "other": 0, "all": 0}
-    for name, parameter in model.named_parameters():
-        counts["all"] += parameter.numel()
-        if not parameter.requires_grad:
-            continue
-        kind = "adapter"
-        if ".modules_to_save." in name:
-            kind = "heads" if ".task_heads." in name else "other"
-        counts[kind] += parameter.numel()
-    return counts

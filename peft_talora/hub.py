@@ -307,25 +307,25 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
 
     Args:
         model: The trained `PeftModel` around an `MSamModel`.
-        results: What the training recipe wrote to `results.json`.
+        results: What the training recipe wrote to `results.json`; its tasks are the adapter's.
         repo_id: Where it will be found; None writes a placeholder.
-
-    Raises:
-        ValueError: If several adapters are active.
     """
-    base = model.get_base_model()
-    method = model.peft_config[single_adapter(model)].peft_type.value
+    base, method = model.get_base_model(), results["method"]
     name = base.config._name_or_path
     metadata = ["library_name: peft", "pipeline_tag: image-segmentation"]
-    metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method.lower()}"]
+    metadata += ["tags:", "- segment-anything", "- multi-task", f"- {method}"]
     if _is_hub_id(name):
         metadata.append(f"base_model: {name}")
-    tasks = "\n".join(f"- `{t['name']}` ({t['kind']}, {t['channels']} channels)" for t in base.config.tasks)
-    rows = "\n".join(
-        f"| {task} | {metric} | {results['before'][task][metric]:.4f} | {value:.4f} |"
-        for task, metrics in results["after"].items()
-        for metric, value in metrics.items()
+    tasks = "\n".join(
+        f"- `{t['name']}` ({t['kind']}, {t['channels']} channels)"
+        for t in base.config.tasks
+        if t["name"] in results["after"]
     )
+    rows = "\n".join(
+        f"| {task} | {metric} | {before} | {after} |" for task, metric, before, after in results_table(results)
+    )
+    trained = results["parameters"]["encoder"]
+    encoder = f", {trained:,} in the encoder" if trained else ""
     return f"""---
 {chr(10).join(metadata)}
 ---
@@ -354,7 +354,7 @@ predictions = model.post_process(outputs.logits, inputs["original_sizes"])  # on
 
 On {results["images"]["test"]} test images, before and after training on {results["images"]["train"]}; the checkpoint
 was chosen on {results["images"]["validation"]} other images. Trained parameters: {results["parameters"]["adapter"]:,}
-in the adapter, {results["parameters"]["heads"]:,} in the heads.
+in the adapter, {results["parameters"]["heads"]:,} in the heads{encoder}.
 
 | task | metric | before | after |
 |------|--------|-------:|------:|
@@ -363,6 +363,19 @@ in the adapter, {results["parameters"]["heads"]:,} in the heads.
 Image size {base.config.vision_config.image_size} px, seed {results["seed"]}, {results["images_per_second"]:.1f}
 images/s in training; versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}.
 """
+
+
+def results_table(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Task, metric and its value before and after training, as text: a dash where there is none."""
+    return [
+        (task, name, _text(results["before"].get(task, {}).get(name)), _text(value))
+        for task, metrics in results["after"].items()
+        for name, value in metrics.items()
+    ]
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def locate(base: str, folder: Path) -> str:

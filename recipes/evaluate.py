@@ -1,6 +1,7 @@
 """Evaluate a trained adapter on a split.
 
     python recipes/evaluate.py --adapter runs/train                       # the figures of its results.json again
+    python recipes/evaluate.py --adapter runs/train/depth                 # of a method with an adapter per task
     accelerate launch --num_processes 8 recipes/evaluate.py --adapter user/name --data_root my_data --split test
 
 Data, split, batch size and task order default to what the adapter was trained with, as its `results.json` says.
@@ -13,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import peft_talora
-from peft_talora import data, engine, files, hub
+from peft_talora import data, engine, evaluation, files, hub
 
 
 @dataclass
@@ -43,7 +44,7 @@ def main() -> None:
     collator = data.Collator(tasks, peft_talora.load_image_processor(folder))
     dataset = engine.open_split(args, args.split, tasks, base.config.vision_config.image_size)
     order = engine.resolve_task_order(args.task_order, accelerator.device)
-    metrics, _ = engine.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
+    metrics, _ = evaluation.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
     for task, figures in metrics.items():
         for name, value in figures.items():
             accelerator.print(f"{task:<14}{name:<18}{value!r:>24}")

@@ -1,16 +1,18 @@
-"""Train one TA-LoRA adapter and the heads of mSAM on several dense tasks.
+"""Train an mSAM on several dense tasks: one TA-LoRA adapter and the heads, or a baseline that it is compared with.
 
     accelerate launch recipes/train.py                                   # generated scenes, small SAM, any machine
     accelerate launch --num_processes 8 recipes/train.py --base facebook/sam-vit-base --data_root my_data ...
     accelerate launch recipes/train.py --config my.yaml                  # arguments from a file; flags win
+    accelerate launch recipes/train.py --method lora-hps                 # `peft_talora/methods.py` has the methods
 
-Everything lands in `--output_dir`: the adapter with its heads, `results.json`, `predictions.png`, a model card.
+Everything lands in `--output_dir`: the adapter with its heads, `results.json`, `predictions.png`, a model card. The
+methods with an adapter per task, `lora-stl`, `full-stl` and `mtlora`, have a folder for each of them below it.
 """
 
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,18 +20,20 @@ import accelerate
 import peft
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import set_seed, tqdm
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
-from peft_talora import checkpoint, data, engine, files, hub
-from peft_talora.plotting import draw_predictions
+from peft_talora import checkpoint, data, engine, evaluation, hub, report, results
+from peft_talora.adapters import AdapterArguments
+from peft_talora.methods import Method, find_method
+from peft_talora.msam_config import task_entries
 
 
 @dataclass
-class TrainArguments(engine.DataArguments):
-    """What the recipe can be told, beside what `DataArguments` says."""
+class TrainArguments(engine.SplitArguments, AdapterArguments):
+    """What the recipe can be told, beside what `SplitArguments` and `AdapterArguments` say."""
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder for all results."})
     base: str | None = field(
@@ -46,46 +50,22 @@ class TrainArguments(engine.DataArguments):
     decoder_mode: str = field(default="channel", metadata={"help": "Heads: 'channel' (the paper's) or 'token'."})
     normalize: bool = field(default=True, metadata={"help": "Subtract SAM's mean colour and divide by its deviation."})
 
-    train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
-    val_split: str | None = field(
-        default=None, metadata={"help": "Split that chooses the checkpoint. None: a part of the training images."}
-    )
-    val_fraction: float = field(default=0.1, metadata={"help": "That part, as a share."})
-    test_split: str = field(default="test", metadata={"help": "Split of the reported figures; it chooses nothing."})
-    augment: bool = field(default=True, metadata={"help": "Random scale-crop (1, 1.2, 1.5) and horizontal flip."})
-
-    talora_r: int = field(default=16, metadata={"help": "Rank of the update's factors."})
-    talora_r_task: int | None = field(
-        default=None, metadata={"help": "Rank of the task factor. None: tasks, up to four."}
-    )
-    talora_alpha: float | None = field(
-        default=None, metadata={"help": "The update is scaled by alpha / r. None: r / 2."}
-    )
-    talora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
-    target_modules: str = field(
-        default=r".*vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])",
-        metadata={"help": "Layers to adapt, a regular expression: all linears of the blocks; the paper has qkv."},
-    )
-    train_norms: bool = field(default=True, metadata={"help": "Train the layer norms of the encoder's blocks too."})
-
-    orthogonality: float = field(
-        default=0.0, metadata={"help": "Weight of the regulariser that keeps the factors' columns orthonormal."}
-    )
-
     seed: int = field(default=0, metadata={"help": "Of the adapter's weights, the order of images and dropout."})
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Images per step and process."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of AdamW. None: the method's, 3e-3 of talora."}
+    )
     weight_decay: float = field(default=1e-6, metadata={"help": "Decoupled weight decay."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with a rising learning rate."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
     task_order: str = field(
-        default="auto", metadata={"help": "'folded': all tasks in one pass; 'sequential'; 'auto' by device."}
+        default="auto",
+        metadata={"help": "'folded': all tasks in one pass; 'sequential'; 'auto' by method and device."},
     )
     activation_checkpointing: bool = field(default=False, metadata={"help": "Recompute blocks in backward."})
 
+    measure_before: bool = field(default=True, metadata={"help": "Measure the untrained model on the test images."})
     eval_steps: int | None = field(default=None, metadata={"help": "Steps between validations. None: every epoch."})
     save_steps: int | None = field(default=None, metadata={"help": "Steps between checkpoints. None: every epoch."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
@@ -93,11 +73,17 @@ class TrainArguments(engine.DataArguments):
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository user/name to upload the result to."})
 
 
+# What does not decide a run's course: where it reads and writes, how often it saves and reports, on how many cores.
+FREE = {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
+FREE |= {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before"}
+
+
 @dataclass
 class Run:
     """What one training run is made of; `accelerator.prepare` has seen what it must see."""
 
     args: TrainArguments
+    method: Method
     output_dir: Path
     accelerator: Accelerator
     model: torch.nn.Module
@@ -108,46 +94,81 @@ class Run:
     val_set: Dataset
     test_set: Dataset
     collator: data.Collator
-    order: engine.TaskOrder
+    passes: dict  # keywords of training step and evaluation: the order of tasks, and what is switched before each
     total_steps: int
     progress: checkpoint.Progress
-
-    @property
-    def regularizer(self) -> Callable[[], torch.Tensor] | None:
-        """What is added to the losses of the tasks."""
-        if not self.args.orthogonality:
-            return None
-        return lambda: self.args.orthogonality * peft_talora.orthogonality_loss(self.model)
 
     def measure(self, dataset: Dataset):
         """Metrics and losses over a data set."""
         batch_size = self.args.per_device_eval_batch_size
-        return engine.evaluate(self.accelerator, self.model, dataset, self.collator, batch_size, self.order)
+        return evaluation.evaluate(self.accelerator, self.model, dataset, self.collator, batch_size, **self.passes)
 
 
 def main() -> None:
-    """Build, train, report."""
-    run = build(engine.parse_arguments(TrainArguments))
+    """One run, or one for each task."""
+    args = engine.parse_arguments(TrainArguments)
+    method = find_method(args.method)
+    if args.learning_rate is None:
+        args.learning_rate = method.learning_rate
+    check_arguments(args, method)
+    if method.alone is None:
+        train_one(args)
+    else:
+        train_apart(args, method.alone)
+    PartialState().destroy_process_group()
+
+
+def train_one(args: TrainArguments) -> None:
+    """Build, train, report what came out."""
+    run = build(args)
     start(run)
     train(run)
-    report(run)
+    finish(run)
     accelerator = run.accelerator
     # Data parallelism holds the process group. Freed as its last holder, it would destroy the group while it keeps
     # Python's lock, for which a thread of the group may be waiting: the process would never end.
     del run
     accelerator.free_memory()
-    accelerator.end_training()
+
+
+def train_apart(args: TrainArguments, method: str) -> None:
+    """An ordinary run per task, one after another, each in a folder of its own; then the figures of all as one.
+
+    Resumed, runs that are finished stay as they are, and the one under way goes on.
+    """
+    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint == "latest"
+    folders = {}
+    for text in args.tasks:
+        task = parse_task(args, text)["name"]
+        folders[task] = output_dir / task
+        single = replace(args, method=method, tasks=[text], output_dir=str(folders[task]), resume_from_checkpoint=None)
+        if resume and checkpoint.list_checkpoints(folders[task]):
+            single.resume_from_checkpoint = "latest"
+        if not (resume and is_finished(single)):
+            train_one(single)
+    if PartialState().is_main_process:
+        own = {"method": args.method, "arguments": asdict(args)}
+        print("\n" + report.table(report.write_combined_report(output_dir, folders, args, args.test_split, own)))
+        print(f"\nThe adapters are in {output_dir} by task; results.json and predictions.png there are of all.")
+
+
+def is_finished(args: TrainArguments) -> bool:
+    """Whether the run has written its results. Raises ValueError if it had other arguments."""
+    file = Path(args.output_dir) / "results.json"
+    if file.exists():
+        checkpoint.check_same_arguments(json.loads(file.read_text())["arguments"], deciding_arguments(args), file)
+    return file.exists()
 
 
 def start(run: Run) -> None:
     """Measure the untrained model, or go on where a checkpoint stopped."""
-    if run.args.resume_from_checkpoint is None:
+    if run.args.resume_from_checkpoint is not None:
+        folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
+        run.progress = checkpoint.load_checkpoint(run.accelerator, folder, run.output_dir, run.progress)
+        run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
+    elif run.args.measure_before:
         run.progress.before, _ = run.measure(run.test_set)
-        run.accelerator.print(f"before training: {headline(run.progress.before)}")
-        return
-    folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
-    run.progress = checkpoint.load_checkpoint(run.accelerator, folder, run.output_dir, run.progress)
-    run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
+        run.accelerator.print(f"before training: {report.headline(run.progress.before)}")
 
 
 def train(run: Run) -> None:
@@ -171,24 +192,28 @@ def train(run: Run) -> None:
 def train_epoch(run: Run, bar: tqdm) -> None:
     """One pass over the training images, or over what is left of it."""
     args, progress, accelerator = run.args, run.progress, run.accelerator
+    regularizer = run.method.regularizer(run.model, args)
     run.train_set.set_epoch(progress.epoch)
     batches = accelerator.skip_first_batches(run.loader, progress.batch)
     batches.set_epoch(progress.epoch)
     run.model.train()
-    begun = time.perf_counter()
+    begun, step_seconds = time.perf_counter(), 0.0
     for batch in batches:
+        loaded = time.perf_counter()
         with accelerator.accumulate(run.model):
-            losses = engine.backward(accelerator, run.model, batch, run.order, run.regularizer)
+            losses = engine.backward(accelerator, run.model, batch, regularizer=regularizer, **run.passes)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
             run.optimizer.step()
             run.scheduler.step()
             run.optimizer.zero_grad()
+        step_seconds += results.seconds_since(loaded, accelerator.device)
         progress.batch += 1
         progress.images += len(batch["pixel_values"]) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
         progress.step += 1
+        results.note_step(progress, step_seconds)
         bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
         bar.update()
         progress.seconds += time.perf_counter() - begun
@@ -196,7 +221,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             validate(run)
         if args.save_steps and progress.step % args.save_steps == 0:
             checkpoint.save_checkpoint(accelerator, run.output_dir, progress, args.save_total_limit)
-        begun = time.perf_counter()
+        begun, step_seconds = time.perf_counter(), 0.0
 
 
 def validate(run: Run) -> None:
@@ -205,7 +230,7 @@ def validate(run: Run) -> None:
     metrics, losses = run.measure(run.val_set)
     loss = sum(losses.values())
     progress.history.append({"step": progress.step, "loss": loss, "losses": losses, "metrics": metrics})
-    run.accelerator.print(f"step {progress.step}: validation loss {loss:.4f}, {headline(metrics)}")
+    run.accelerator.print(f"step {progress.step}: validation loss {loss:.4f}, {report.headline(metrics)}")
     if not losses:
         raise ValueError(
             f"none of the {len(run.val_set)} validation images has a label, so no checkpoint can be chosen"
@@ -219,42 +244,29 @@ def validate(run: Run) -> None:
 
 def build(args: TrainArguments) -> Run:
     """Everything before the first step."""
-    check_arguments(args)
-    output_dir = Path(args.output_dir)
-    distributed = DistributedDataParallelKwargs()
+    method, distributed = find_method(args.method), DistributedDataParallelKwargs()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[distributed],
     )
-    order = engine.resolve_task_order(args.task_order, accelerator.device)
+    order = method.resolve_order(args.task_order, accelerator.device)
     # Task by task, each backward pass leaves the other tasks' heads without a gradient.
     distributed.find_unused_parameters = order == "sequential"
     engine.set_threads(args, accelerator)
+    results.forget_peak(accelerator.device)
     set_seed(args.seed)
-    model = build_model(args, accelerator, output_dir)
+    output_dir = Path(args.output_dir)
+    model = method.add(build_model(args, accelerator, output_dir), args)
     base = model.get_base_model()
-    processor = data.make_image_processor(base.config.vision_config.image_size, args.normalize)
+    image_size = base.config.vision_config.image_size
+    processor = data.make_image_processor(image_size, args.normalize)
     collator = data.Collator([base.task(name) for name in base.task_names], processor)
-    train_set, val_set, test_set = build_datasets(args, collator.tasks, base.config.vision_config.image_size)
-    batch_size = args.per_device_train_batch_size
-    loader = DataLoader(
-        train_set,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
-        # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    if len(loader) < accelerator.num_processes:
-        raise ValueError(
-            f"{len(train_set)} training images do not fill one batch of `per_device_train_batch_size`={batch_size} on "
-            f"each of {accelerator.num_processes} processes: lower it, or give more images."
-        )
+    train_set, val_set, test_set = engine.open_splits(args, args.seed, collator.tasks, image_size)
+    loader = engine.make_loader(args, args.seed, train_set, collator, accelerator.num_processes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    passes = {"order": order, "activate": partial(method.activate, model)}
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     total_steps = math.ceil(len(loader) / args.gradient_accumulation_steps) * args.num_train_epochs
     # An accelerated scheduler takes one step per process.
@@ -265,8 +277,10 @@ def build(args: TrainArguments) -> Run:
     )
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
+    launched = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     return Run(
         args=args,
+        method=method,
         output_dir=output_dir,
         accelerator=accelerator,
         model=model,
@@ -277,119 +291,90 @@ def build(args: TrainArguments) -> Run:
         val_set=val_set,
         test_set=test_set,
         collator=collator,
-        order=order,
+        passes=passes,
         total_steps=total_steps,
-        progress=checkpoint.Progress(tasks=base.config.tasks, arguments=deciding_arguments(args, accelerator)),
+        progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
     )
 
 
-def check_arguments(args: TrainArguments) -> None:
+def check_arguments(args: TrainArguments, method: Method) -> None:
     """Refuse what would fail late."""
+    method.check(args)
     for name in ("num_train_epochs", "save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
     if args.val_split is None and not 0 < args.val_fraction < 1:
         raise ValueError(f"`val_fraction` is {args.val_fraction}; allowed: between 0 and 1.")
+    if args.push_to_hub and (method.alone or method.folder_per_task):
+        raise ValueError(
+            f"`push_to_hub` uploads one adapter, {method.name!r} writes one per task: use `peft_talora.push_to_hub`."
+        )
+    if method.alone:
+        task_entries([parse_task(args, text) for text in args.tasks])
+        if args.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}; with a run per task allowed: 'latest'."
+            )
 
 
-def deciding_arguments(args: TrainArguments, accelerator: Accelerator) -> dict:
-    """What decides the run's course: not where it reads and writes, how often it saves, or on how many cores."""
-    free = {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
-    free |= {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers"}
-    deciding = {name: value for name, value in asdict(args).items() if name not in free}
-    return {**deciding, "num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+def deciding_arguments(args: TrainArguments) -> dict:
+    """What decides the run's course."""
+    return {name: value for name, value in asdict(args).items() if name not in FREE}
 
 
-def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft.PeftModel:
-    """An mSAM on the base checkpoint, with a TA-LoRA adapter."""
-    tasks = [engine.parse_task(text, {} if args.data_root else data.SYNTHETIC_TASKS) for text in args.tasks]
+def parse_task(args: TrainArguments, text: str) -> dict:
+    """A task as a flag gives it."""
+    return engine.parse_task(text, {} if args.data_root else data.SYNTHETIC_TASKS)
+
+
+def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft_talora.MSamModel:
+    """An mSAM on the base checkpoint."""
     base = args.base or str(output_dir / "base")
     with accelerator.main_process_first():
         if args.base is None and not (output_dir / "base" / "model.safetensors").exists():
             peft_talora.save_small_sam(base)
+    tasks = [parse_task(args, text) for text in args.tasks]
     model = peft_talora.MSamModel.from_pretrained(
         base, tasks=tasks, decoder_mode=args.decoder_mode, image_size=args.image_size
     )
     if args.activation_checkpointing:
         engine.enable_activation_checkpointing(model)
-    config = peft_talora.TALoRAConfig(
-        r=args.talora_r,
-        r_task=args.talora_r_task,
-        alpha=args.talora_alpha,
-        dropout=args.talora_dropout,
-        target_modules=args.target_modules,
-        train_norms=args.train_norms,
-    )
-    return peft.get_peft_model(model, config)
+    return model
 
 
-def build_datasets(
-    args: TrainArguments, tasks: Sequence[peft_talora.Task], image_size: int
-) -> tuple[data.AugmentedDataset, Dataset, Dataset]:
-    """Training, validation and test images. Without a validation split, training images are held out for it."""
-    read = partial(engine.open_split, args, tasks=tasks, image_size=image_size)
-    train_set, test_set = read(args.train_split), read(args.test_split)
-    if args.val_split is not None:
-        val_set = read(args.val_split)
-    else:
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        held_out = max(1, round(args.val_fraction * len(train_set)))
-        train_set, val_set = Subset(train_set, sorted(order[held_out:])), Subset(train_set, sorted(order[:held_out]))
-    scales, flip = ((1.0, 1.2, 1.5), 0.5) if args.augment else ((1.0,), 0.0)
-    augmentation = data.JointAugmentation(tasks, scales=scales, flip=flip)
-    return data.AugmentedDataset(train_set, augmentation, args.seed), val_set, test_set
-
-
-def headline(metrics: dict[str, dict[str, float]]) -> str:
-    """Each task's first metric."""
-    return ", ".join(
-        f"{task} {name} {value:.4f}" for task, m in metrics.items() for name, value in list(m.items())[:1]
-    )
-
-
-def report(run: Run) -> None:
+def finish(run: Run) -> None:
     """Measure the best adapter on the test images; write adapter, results, picture and card; upload if asked to."""
-    checkpoint.load_best(run.accelerator, run.model, run.output_dir)
+    args, method, accelerator = run.args, run.method, run.accelerator
+    checkpoint.load_best(accelerator, run.model, run.output_dir)
     after, _ = run.measure(run.test_set)
-    if not run.accelerator.is_main_process:
+    if not accelerator.is_main_process:
         return
-    model, progress = run.accelerator.unwrap_model(run.model), run.progress
-    results = {
-        "before": progress.before,
+    model, tasks = accelerator.unwrap_model(run.model), run.collator.tasks
+    figures = {
+        "method": args.method,
+        "before": run.progress.before,
         "after": after,
-        "parameters": engine.count_parameters(model),
+        **results.of_run(accelerator, model, run.progress),
         "images": {"train": len(run.train_set), "validation": len(run.val_set), "test": len(run.test_set)},
-        "images_per_second": progress.images / progress.seconds,
-        "best_step": progress.best_step,
-        "history": progress.history,
-        "seed": run.args.seed,
-        "task_order": run.order,
-        "device": str(run.accelerator.device),
-        "mixed_precision": run.accelerator.mixed_precision,
-        "processes": run.accelerator.num_processes,
-        "arguments": asdict(run.args),
+        "task_order": run.passes["order"],
+        "seed": args.seed,
+        "arguments": asdict(args),
         "versions": {m.__name__: m.__version__ for m in (peft_talora, torch, transformers, peft, accelerate)},
     }
-    last, rows = len(run.test_set) - 1, min(6, len(run.test_set))
-    samples = [run.test_set[round(row * last / max(1, rows - 1))] for row in range(rows)]
-    logits = engine.predict(model, run.collator, samples)
-    with files.write_aside(run.output_dir) as aside:
-        draw_predictions(run.collator.tasks, samples, logits).save(aside / "predictions.png")
-        files.write_json(aside / "results.json", results)
-    card = hub.model_card(model, results, run.args.push_to_hub)
-    hub.save_adapter(model, run.output_dir, run.collator.image_processor, card)
-    print_table(results)
+    samples = report.examples(run.test_set)
+    logits = evaluation.predict(model, run.collator, samples, **run.passes)
+    for part in [[task] for task in tasks] if method.folder_per_task else [tasks]:
+        names = [task.name for task in part]
+        folder = run.output_dir / names[0] if method.folder_per_task else run.output_dir
+        own = results.restrict(figures, names)
+        method.save(model, names, folder, run.collator.image_processor, hub.model_card(model, own, args.push_to_hub))
+        report.write_report(folder, own, part, samples, logits)
+    if method.folder_per_task:
+        report.write_report(run.output_dir, figures, tasks, samples, logits)
+    print("\n" + report.table(figures))
     print(f"\nAdapter, results.json and predictions.png are in {run.output_dir}.")
-    if run.args.push_to_hub:
-        print(hub.push_to_hub(run.output_dir, run.args.push_to_hub))
-
-
-def print_table(results: dict) -> None:
-    """The metrics before and after, one per line."""
-    print(f"\n{'task':<14}{'metric':<18}{'before':>10}{'after':>10}")
-    for task, metrics in results["after"].items():
-        for name, value in metrics.items():
-            print(f"{task:<14}{name:<18}{results['before'][task][name]:>10.4f}{value:>10.4f}")
+    if args.push_to_hub:
+        print(hub.push_to_hub(run.output_dir, args.push_to_hub))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The benchmark: its arithmetic by hand, what it refuses, and the recipe from runs to tables."""
 
 import importlib.util
-import json
 import math
 import sys
 from dataclasses import replace
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from peft_talora.benchmark_table import draw_table, make_table, relative_gain, to_markdown
-from peft_talora.protocols import CAMVID_2, SYNTHETIC_3
+from peft_talora.protocols import CAMVID_2
 from peft_talora.records import Record, check_record, read_comparable, read_record, write_record
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "benchmark.py"
@@ -44,7 +42,7 @@ def record(name, seed, values, **changes):
 
 STL = [record("full-stl", 0, (0.5, 0.8, 0.4, 0.2)), record("full-stl", 1, (0.4, 0.8, 0.5, 0.4))]
 OURS = [record("talora", 0, (0.6, 0.8, 0.5, 0.1)), record("talora", 1, (0.4, 0.6, 0.5, 0.3))]
-# Δm by hand. Seed 0: segmentation (20 + 0) / 2 = 10, edges (25 + 50) / 2 = 37.5; seed 1: (0 − 25) / 2 and (0 + 25) / 2.
+# Δm by hand. Seed 0: segmentation (20 + 0) / 2 = 10, edges (25 + 50) / 2 = 37.5. Seed 1: (0 − 25) / 2, (0 + 25) / 2.
 GAINS = (23.75, 0.0)
 
 

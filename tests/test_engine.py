@@ -15,9 +15,11 @@ from peft_talora import (
     SyntheticScenes,
     TALoRAConfig,
     engine,
+    evaluation,
     make_image_processor,
     make_task,
     orthogonality_loss,
+    results,
 )
 from peft_talora.data import SYNTHETIC_TASKS
 
@@ -89,8 +91,8 @@ def test_a_regularizer_is_added_once(accelerator, model, collator, scenes, order
 @pytest.mark.parametrize("order", ["folded", "sequential"])
 def test_figures_pool_over_the_split_whatever_the_batch_size(accelerator, model, collator, scenes, order):
     model.train()
-    by_one, _ = engine.evaluate(accelerator, model, scenes, collator, batch_size=1)
-    by_three, losses = engine.evaluate(accelerator, model, scenes, collator, batch_size=3, order=order)
+    by_one, _ = evaluation.evaluate(accelerator, model, scenes, collator, batch_size=1)
+    by_three, losses = evaluation.evaluate(accelerator, model, scenes, collator, batch_size=3, order=order)
     assert model.training
     assert list(by_one) == list(losses) == list(TASKS)
     for task, figures in by_one.items():
@@ -98,13 +100,13 @@ def test_figures_pool_over_the_split_whatever_the_batch_size(accelerator, model,
 
 
 def test_predictions_have_the_size_of_the_images(model, collator, scenes):
-    logits = engine.predict(model, collator, [scenes[0], scenes[1]])
+    logits = evaluation.predict(model, collator, [scenes[0], scenes[1]])
     shapes = {name: tuple(value.shape) for name, value in logits[1].items()}
     assert shapes == {name: (channels, 64, 64) for name, channels in TASKS.items()}
 
 
 def test_parameters_are_counted_by_what_they_belong_to(model):
-    counts = engine.count_parameters(model)
+    counts = results.count_parameters(model)
     layer = 32 * 4 + 96 * 4 + 4 * 4 * 3 + 3 * 3
     assert counts["adapter"] == 4 * layer
     assert counts["other"] == 0

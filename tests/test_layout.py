@@ -33,7 +33,13 @@ ALLOWED = {
     "protocols": {"losses", "tasks"},
     "records": {"files"},
     "benchmark_table": {"intervals", "metrics", "plotting", "protocols", "records"},
-    "checkpoint": {"files", "hub", "tuner"},
+    "evaluation": {"data", "engine", "metrics", "tasks"},
+    "adapters": {"msam", "tuner"},
+    "mtlora": {"adapters", "files", "hub", "msam"},
+    "methods": {"adapters", "engine", "hub", "msam", "mtlora", "tuner"},
+    "checkpoint": {"files", "hub"},
+    "results": {"checkpoint"},
+    "report": {"data", "engine", "evaluation", "files", "hub", "plotting", "results", "tasks"},
 }
 
 

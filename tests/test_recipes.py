@@ -28,7 +28,7 @@ SMALL = ["--num_images", "16", "--per_device_train_batch_size", "2", "--num_trai
 SMALL += ["--learning_rate", "1e-3"]
 # Random states matter: dropout and augmentation. 14 training images make 7 batches and 4 steps an epoch, so the
 # checkpoints of steps 3 and 6 lie within epochs.
-REPEATABLE = ["--talora_dropout", "0.1", "--gradient_accumulation_steps", "2", "--save_steps", "3"]
+REPEATABLE = ["--dropout", "0.1", "--gradient_accumulation_steps", "2", "--save_steps", "3"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
@@ -127,11 +127,16 @@ def test_training_writes_all_that_it_promises(trained):
         assert metrics.keys() == results["before"][task].keys()
         assert all(math.isfinite(value) for value in metrics.values())
     assert results["parameters"]["all"] > sum(results["parameters"][kind] for kind in ("adapter", "heads", "other"))
-    assert min(results["parameters"].values()) > 0
+    assert results["parameters"].pop("encoder") == 0 < min(results["parameters"].values())
+    best = results["history"][-1]
+    assert results["validation"] == {"metrics": best["metrics"], "losses": best["losses"]}
+    assert results["method"] == "talora"
+    assert 0 < results["step_seconds"] < 10
+    assert results["peak_mib"] > 100
     assert results["images"] == {"train": 14, "validation": 2, "test": 2}
     assert results["images_per_second"] > 0
     assert results["seed"] == 0
-    assert results["arguments"]["talora_dropout"] == 0.1
+    assert results["arguments"]["dropout"] == 0.1
     assert set(results["versions"]) == {"peft_talora", "torch", "transformers", "peft", "accelerate"}
     assert [entry["step"] for entry in results["history"]] == [4, 8]
     card = (trained / "README.md").read_text()

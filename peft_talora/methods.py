@@ -1,0 +1,129 @@
+"""How an mSAM can be trained: TA-LoRA and the baselines that it is compared with, each one object.
+
+All adapters have the same target layers, rank and norms, and all methods the same heads. The shared methods (`-hps`,
+hard parameter sharing) serve all heads by one encoder pass; single-task learning (`-stl`) is one such run per task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import SamImageProcessorPil
+
+from . import mtlora
+from .adapters import AdapterArguments, add_lora, add_nothing, add_talora, unfreeze_encoder
+from .engine import TaskOrder, resolve_task_order
+from .hub import save_adapter
+from .msam import MSamModel
+from .tuner import orthogonality_loss
+
+Regularizer = Callable[[], torch.Tensor]
+
+
+def serve_all(model: PeftModel, tasks: Sequence[str]) -> None:
+    """Nothing needs to be switched before an encoder pass: the model itself knows its tasks."""
+
+
+def one_pass(order: str, device: torch.device) -> TaskOrder:
+    """The encoder's output is that of all tasks, so `auto` is one pass on every device."""
+    return resolve_task_order("folded" if order == "auto" else order, device)
+
+
+def task_by_task(order: str, device: torch.device) -> TaskOrder:
+    """Each task has layers of its own that cannot share a pass. Raises ValueError for another order."""
+    if order == "folded":
+        raise ValueError("`task_order` is 'folded'; with a LoRA per task allowed: 'sequential' and 'auto'.")
+    return resolve_task_order("sequential" if order == "auto" else order, device)
+
+
+def unregularized(model: PeftModel, args: AdapterArguments) -> None:
+    """Nothing is added to the losses."""
+
+
+def keep_orthonormal(model: PeftModel, args: AdapterArguments) -> Regularizer | None:
+    """`orthogonality_loss`, if it has a weight."""
+    return (lambda: args.orthogonality * orthogonality_loss(model)) if args.orthogonality else None
+
+
+def save_all(
+    model: PeftModel, tasks: Sequence[str], folder: Path, image_processor: SamImageProcessorPil | None, card: str
+) -> None:
+    """One adapter folder holds all tasks."""
+    save_adapter(model, folder, image_processor, card)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train an mSAM.
+
+    Attributes:
+        name: what `--method` calls it.
+        add: model and arguments → the `PeftModel` to train, whose outputs are still those of the model.
+        reads: the names of the `AdapterArguments` that mean something to it.
+        learning_rate: where to start tuning, for AdamW.
+        resolve_order: asked-for task order and device → the order; see `engine.task_groups`.
+        activate: called with the model and the tasks of every encoder pass, before it.
+        regularizer: model and arguments → what gives a scalar to add to the losses, or None.
+        save: writes an adapter folder of some of the tasks, with image processor and model card.
+        folder_per_task: whether each task is saved in a folder of its own, rather than all tasks in one.
+        alone: the method of the run that each task gets of its own; None if one run trains all tasks.
+    """
+
+    name: str
+    add: Callable[[MSamModel, AdapterArguments], PeftModel]
+    reads: frozenset[str]
+    learning_rate: float
+    resolve_order: Callable[[str, torch.device], TaskOrder] = one_pass
+    activate: Callable[[PeftModel, Sequence[str]], None] = serve_all
+    regularizer: Callable[[PeftModel, AdapterArguments], Regularizer | None] = unregularized
+    save: Callable[[PeftModel, Sequence[str], Path, SamImageProcessorPil | None, str], None] = save_all
+    folder_per_task: bool = False
+    alone: str | None = None
+
+    def check(self, args: AdapterArguments) -> None:
+        """Raise ValueError for an argument that this method does not read and that is not at its default."""
+        plain = AdapterArguments()
+        for name in (field.name for field in fields(AdapterArguments)):
+            value, default = getattr(args, name), getattr(plain, name)
+            if name not in self.reads | {"method"} and value != default:
+                raise ValueError(
+                    f"`{name}` is {value!r}, but the method {self.name!r} does not read it: leave it out."
+                )
+
+
+_ALL = frozenset(field.name for field in fields(AdapterArguments))
+_LORA = frozenset({"r", "alpha", "dropout", "target_modules", "train_norms"})
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("talora", add_talora, _ALL, 3e-3, resolve_order=resolve_task_order, regularizer=keep_orthonormal),
+        Method("lora-stl", add_lora, _LORA, 1e-3, alone="lora-hps"),
+        Method("lora-hps", add_lora, _LORA, 1e-3),
+        Method("full-stl", unfreeze_encoder, frozenset(), 3e-4, alone="full-hps"),
+        Method("full-hps", unfreeze_encoder, frozenset(), 3e-4),
+        Method("heads", add_nothing, frozenset(), 1e-3),
+        Method(
+            "mtlora",
+            mtlora.add_loras,
+            _LORA | {"r_task"},
+            1e-3,
+            resolve_order=task_by_task,
+            activate=mtlora.activate,
+            save=mtlora.save_task,
+            folder_per_task=True,
+        ),
+    )
+}
+"""The methods by name."""
+
+
+def find_method(name: str) -> Method:
+    """The method of that name. Raises ValueError if there is none."""
+    if name not in METHODS:
+        raise ValueError(f"`method` is {name!r}; allowed: {', '.join(METHODS)}.")
+    return METHODS[name]
