@@ -111,7 +111,10 @@ def to_markdown(table: Table, protocol: Protocol) -> str:
     """The table to be read: the main figures first, then every figure of every task."""
     methods, directions = table["methods"], protocol.higher_is_better
     primary = {task: next(iter(figures)) for task, figures in directions.items()}
-    columns: dict[str, Callable[[Mapping], str]] = {"learning rate": lambda m: f"{m['learning_rate']:g}"}
+    columns: dict[str, Callable[[Mapping], str]] = {}
+    if len({method["seeds"] for method in methods.values()}) > 1:
+        columns["seeds"] = lambda m: str(m["seeds"])
+    columns |= {"learning rate": lambda m: f"{m['learning_rate']:g}"}
     columns |= {
         f"Δm over {name} (%)": lambda m, key=key: _with_interval(m[key], 2, sign="+")
         for key, name in table["baselines"].items()
@@ -145,13 +148,14 @@ def _introduction(table: Table, protocol: Protocol) -> str:
     settings = table["settings"]
     seeds = sorted({method["seeds"] for method in table["methods"].values()})
     return (
-        f"{protocol.source[0].upper()}{protocol.source[1:]}; {settings['num_train_epochs']} epochs, "
-        f"{settings['per_device_train_batch_size']} images a step, {' to '.join(map(str, seeds))} seeds. Commit "
-        f"{table['commit']}; {table['hardware']}.\n\n"
+        f"{protocol.source[0].upper()}{protocol.source[1:]}. Epochs: {settings['num_train_epochs']}; images a step: "
+        f"{settings['per_device_train_batch_size']}; seeds: {', '.join(map(str, seeds))}. Commit {table['commit']}; "
+        f"{table['hardware']}.\n\n"
         "Test images; each run's checkpoint is the one with the lowest loss on the validation images. Figures are "
         "means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
         "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
-        "same seed. *encoder*: trained parameters outside the heads, layer norms included."
+        "same seed. *encoder*: trained parameters outside the heads, layer norms included. *step* and *peak*: "
+        "each method's median over short runs of train.py, one at a time; on a CPU, peak is the whole process's."
     )
 
 

@@ -134,4 +134,4 @@ def describe_hardware(num_threads: int | None) -> str:
     file = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", file.read_text()) if file.exists() else None
     name = found.group(1) if found else platform.processor() or platform.machine()
-    return f"{name}, {num_threads or os.cpu_count()} threads a run"
+    return f"{name}, threads a run: {num_threads or os.cpu_count()}"

@@ -156,7 +156,6 @@ class Wanted:
 
 def main() -> None:
     """All stages."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that runs under way are ended too
     args = engine.parse_arguments(BenchmarkArguments)
     benchmark = build(args)
     rates = choose_learning_rates(benchmark)
@@ -212,11 +211,16 @@ def choose_learning_rates(benchmark: Benchmark) -> dict[str, float]:
     methods = {choices["method"] for choices in benchmark.variants.values()}
     if len(args.learning_rates) == 1:
         return dict.fromkeys(methods, args.learning_rates[0])
-    chosen = json.loads(file.read_text()) if file.exists() else {"methods": {}}
-    if "learning_rates" in args.stages:
-        # For another protocol, what was chosen before is taken as it is.
-        wanted = methods if benchmark.protocol is SYNTHETIC_3 else methods - chosen["methods"].keys()
-        chosen = tune(benchmark, sorted(wanted), chosen["methods"]) if wanted else chosen
+    chosen, settings = {"methods": {}}, benchmark.settings(SYNTHETIC_3)
+    if file.exists():
+        chosen = json.loads(file.read_text())
+        # For another protocol, what was chosen on synthetic-3 is taken as it is, but only for the same base.
+        names = settings if benchmark.protocol is SYNTHETIC_3 else ["base"]
+        if differing := [name for name in names if chosen["settings"].get(name) != settings[name]]:
+            raise ValueError(f"{file} is of runs with other {', '.join(differing)}: delete it, or give the same.")
+    wanted = methods if benchmark.protocol is SYNTHETIC_3 else methods - chosen["methods"].keys()
+    if "learning_rates" in args.stages and wanted:
+        chosen = tune(benchmark, sorted(wanted), chosen["methods"])
         with write_aside(file.parent) as aside:
             write_json(aside / file.name, chosen)
     if missing := sorted(methods - chosen["methods"].keys()):
@@ -290,7 +294,7 @@ def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted
 def measure_cost(benchmark: Benchmark, variants: Mapping[str, dict]) -> None:
     """Step time and peak memory of all variants in one go: a short run at a time, all of them in every round.
 
-    Figures of another go are not added to: what the machine does meanwhile differs.
+    Figures of an earlier go that lack a variant are replaced, not added to: the machine may have been slower then.
     """
     args, protocol, file = benchmark.args, benchmark.protocol, benchmark.cost_file
     settings = benchmark.settings(protocol)
@@ -351,4 +355,5 @@ def write_tables(benchmark: Benchmark) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that runs under way are ended too
     main()

@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic by hand, what it refuses, and the recipe from runs to tables."""
 
 import importlib.util
+import json
 import math
 import sys
 from dataclasses import replace
@@ -8,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from peft_talora.adapters import AdapterArguments
 from peft_talora.benchmark_table import draw_table, make_table, relative_gain, to_markdown
-from peft_talora.protocols import CAMVID_2
+from peft_talora.engine import parse_arguments
+from peft_talora.methods import METHODS
+from peft_talora.protocols import CAMVID_2, SYNTHETIC_3
 from peft_talora.records import Record, check_record, read_comparable, read_record, write_record
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "benchmark.py"
@@ -165,17 +170,137 @@ def recipe():
 
 
 @pytest.fixture
-def call(recipe, tmp_path, monkeypatch, sam_folder):
-    """Run the recipe with a few steps on tiny scenes; gives the folder of results."""
-    monkeypatch.setattr(recipe.signal, "signal", lambda *_: None)
+def small(tmp_path, monkeypatch, sam_folder):
+    """Flags for a few steps on tiny scenes."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     small = ["--num_images", 8, "--num_train_epochs", 1, "--seeds", 1, "--num_threads", 1, "--base", sam_folder]
     small += ["--cost_steps", 4, "--cost_rounds", 1, "--workers", 2]
-    places = ["--output_dir", tmp_path / "results", "--work_dir", tmp_path / "work"]
+    small += ["--output_dir", tmp_path / "results", "--work_dir", tmp_path / "work"]
+    return [str(RECIPE), *map(str, small)]
+
+
+@pytest.fixture
+def call(recipe, small, monkeypatch):
+    """Run the recipe."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, [*small, *places, *arguments])])
+        monkeypatch.setattr(sys, "argv", [*small, *map(str, arguments)])
         recipe.main()
-        return tmp_path / "results"
 
     return run
+
+
+@pytest.fixture
+def build(recipe, small):
+    """What the recipe compares when it is called so."""
+
+    def make(*arguments):
+        args = parse_arguments(recipe.BenchmarkArguments, [*small[1:], *map(str, arguments)])
+        return recipe.build(args)
+
+    return make
+
+
+def test_the_methods_and_variants_are_those_of_the_training_recipe(recipe):
+    assert set(recipe.METHODS) == set(METHODS)
+    for num_tasks in (2, 3, 6):
+        changes = recipe.ablations(num_tasks)
+        ranks = {change["r_task"] for change in changes.values() if "r_task" in change}
+        assert ranks | {min(num_tasks, 4)} == set(range(1, num_tasks + 2))
+        for change in changes.values():
+            METHODS["talora"].check(AdapterArguments(**{k: v for k, v in change.items() if k != "decoder_mode"}))
+
+
+def write_tuning(build, losses, *arguments):
+    """Records of what a search of learning rates has found for talora: rate → loss."""
+    benchmark = build("--methods", "talora", *arguments)
+    for rate, loss in losses.items():
+        choices = {"method": "talora", "seed": 100, "learning_rate": rate}
+        losses_by_task = None if loss is None else {"depth": loss / 2, "normals": loss / 2}
+        made = record("talora", 100, (1, 1, 1, 1), choices=choices, validation_losses=losses_by_task)
+        file = benchmark.output / "runs" / "learning-rates" / f"talora-{rate:g}-seed100.json"
+        write_record(file, replace(made, settings=benchmark.settings(SYNTHETIC_3)))
+    return benchmark
+
+
+def test_the_learning_rate_is_that_of_the_lowest_validation_loss(recipe, build, capsys):
+    benchmark = write_tuning(build, {3e-4: 2.0, 1e-3: 1.5, 3e-3: None})
+    assert recipe.choose_learning_rates(benchmark) == {"talora": 1e-3}
+    assert "WARNING" not in capsys.readouterr().out
+    found = json.loads((benchmark.output / "learning-rates.json").read_text())
+    assert found["methods"]["talora"]["validation_loss"] == {"0.0003": 2.0, "0.001": 1.5, "0.003": None}
+    benchmark = write_tuning(build, {3e-3: 1.0})
+    assert recipe.choose_learning_rates(benchmark) == {"talora": 3e-3}
+    assert "WARNING: 0.003 is at the border" in capsys.readouterr().out
+
+
+def test_learning_rates_are_kept_for_other_protocols_and_not_for_other_bases(recipe, build):
+    recipe.choose_learning_rates(write_tuning(build, {3e-4: 2.0, 1e-3: 1.5, 3e-3: 3.0}))
+    other = ["--protocol", "synthetic-6", "--methods", "talora", "--num_images", 16]
+    assert recipe.choose_learning_rates(build(*other)) == {"talora": 1e-3}
+    with pytest.raises(ValueError, match="no learning rate of heads: run the stage"):
+        recipe.choose_learning_rates(build(*other, "heads", "--stages", "runs"))
+    with pytest.raises(ValueError, match="with other base"):
+        recipe.choose_learning_rates(build(*other, "--base", "another"))
+    with pytest.raises(ValueError, match="with other num_images"):
+        recipe.choose_learning_rates(build("--methods", "talora", "--num_images", 16))
+
+
+def test_wrong_arguments_are_refused_at_once(build):
+    for arguments, message in (
+        (["--protocol", "nyuv2"], "`protocol` is 'nyuv2'; allowed: synthetic-3"),
+        (["--protocol", "camvid-2"], "needs `data_root`"),
+        (["--methods", "lora"], "`methods` has lora; allowed: full-stl"),
+        (["--ablation", "r-5"], "`ablation` has r-5; allowed: r_task-1"),
+        (["--stages", "train"], "`stages` has train"),
+        (["--workers", 0], "`workers` is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(*arguments)
+
+
+def test_ablations_share_talora_s_own_runs_with_the_methods(build):
+    methods, variants = build("--methods", "talora"), build("--ablation", "r-4", "norms-frozen")
+    assert list(variants.variants) == ["talora", "r-4", "norms-frozen"]
+    assert variants.variants["r-4"] == {"method": "talora", "r": 4}
+    assert variants.record_file("talora", 0) == methods.record_file("talora", 0)
+    assert variants.record_file("r-4", 0).parent.name == "ablations"
+
+
+def test_from_runs_to_the_table(call, tmp_path, sam):
+    """Two methods, one seed, a few steps. Started again with everything, only what is missing is done."""
+    results = tmp_path / "results"
+    records = [results / "runs" / "synthetic-3" / f"{name}-seed0.json" for name in ("full-stl", "talora")]
+    stages = ["--methods", "full-stl", "talora", "--learning_rates", 1e-3, "--stages"]
+    call(*stages, "runs", "table")
+    assert not any((tmp_path / "work").rglob("results.json")), "folders of finished runs are deleted"
+    written = [file.stat().st_mtime_ns for file in records]
+    call("--methods", "talora", "--learning_rates", 1e-3)
+    assert [file.stat().st_mtime_ns for file in records] == written
+
+    table = json.loads((results / "synthetic-3.json").read_text())
+    stl, talora = (read_record(file) for file in records)
+    ours, reference = table["methods"]["talora"], table["methods"]["full-stl"]
+    gain = 0
+    for task, figures in SYNTHETIC_3.higher_is_better.items():
+        for figure, higher in figures.items():
+            before, after = stl.metrics[task][figure], talora.metrics[task][figure]
+            gain += (1 if higher else -1) * 100 / 3 * (after / before - 1) / len(figures)
+            assert ours["metrics"][task][figure] == {"mean": after, "ci95": None}
+    assert ours["delta_m"] == {"mean": pytest.approx(gain), "ci95": None}
+    assert reference["delta_m"] == {"mean": 0, "ci95": None}
+    assert ours["delta_m_vs_lora_stl"] is None
+
+    # design: d_in·r + d_out·r + r·r·r_task + T·r_task in each of the four linears of each block.
+    linears = [(32, 96), (32, 32), (32, 64), (64, 32)]
+    assert ours["adapter_parameters"] == 4 * sum(16 * (d_in + d_out) + 16 * 16 * 3 + 3 * 3 for d_in, d_out in linears)
+    assert ours["other_parameters"] == 4 * 2 * 2 * 32, "norms"
+    encoder = sum(parameter.numel() for parameter in sam.vision_encoder.parameters())
+    assert (reference["adapter_parameters"], reference["other_parameters"]) == (0, 3 * encoder)
+    assert ours["head_parameters"] == reference["head_parameters"] > 0
+    assert ours["step_seconds"] > 0
+    assert ours["peak_mib"] > 0
+    assert reference["step_seconds"] is None
+    assert "| full-stl | 0.001 | +0.00 |" in (results / "synthetic-3.md").read_text()
+    with Image.open(results / "synthetic-3.png") as picture:
+        assert picture.size == (780, 470)
