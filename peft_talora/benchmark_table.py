@@ -192,9 +192,8 @@ def draw_table(table: Table) -> Image.Image | None:
             if method[key]
         }
         if points:
-            return draw_scatter(
-                points,
-                f"{table['protocol']}: mean gain over {baseline} in percent, with 95 % intervals over seeds",
-                "trained parameters outside the heads",
-            )
+            title = f"{table['protocol']}: mean gain over {baseline} in percent"
+            if any(interval for _, _, interval in points.values()):
+                title += ", with 95 % intervals over seeds"
+            return draw_scatter(points, title, "trained parameters outside the heads")
     return None
