@@ -231,8 +231,8 @@ class _Scatter:
         self.draw.line([(x, self.bottom), (x, self.bottom + 10)], "#909090", 3)
         self.draw.text((x, self.bottom + 18), label, "black", self.font, anchor="ma")
 
-    def draw_points(self) -> None:
-        """Bars, dots and labels; a label lies where it covers nothing."""
+    def draw_points(self) -> list[tuple[float, float, float, float]]:
+        """Bars, dots and labels; a label lies where it covers least. Gives the boxes of the labels."""
         zero, border = self.place(0, 0)[1], self.begin if self.begin > self.left else 0
         taken = [(0, zero - 3, self.page.width, zero + 3), (border - 2, self.top, border + 2, self.bottom)]
         colours = (0.85 * class_colours(len(self.points) + 2)[::-1]).astype(int)
@@ -245,11 +245,13 @@ class _Scatter:
                     self.draw.line([(column - 10, end), (column + 10, end)], colour, 4)
             self.draw.ellipse((column - 11, row - 11, column + 11, row + 11), colour)
             taken += [(column - 5, min(ends), column + 5, max(ends)), (column - 14, row - 14, column + 14, row + 14)]
+        bare = len(taken)
         for label, (x, y, _) in self.points.items():
             boxes = self._boxes(label, *self.place(x, y))
             box = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
             self.draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), label, "#202020", self.font, anchor="mm")
             taken.append(box)
+        return taken[bare:]
 
     def _boxes(self, label: str, column: float, row: float) -> list[tuple[float, float, float, float]]:
         """Where a point's label may lie, the best place first; never outside the picture."""

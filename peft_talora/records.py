@@ -126,7 +126,7 @@ def describe_commit(root: Path) -> str | None:
     return commit.stdout.strip() + ("+changes" if changes else "")
 
 
-def describe_hardware(num_threads: int | None) -> str:
+def describe_hardware(num_threads: int) -> str:
     """What runs are trained on: the accelerator, if there is one, else the processor and the threads of a run."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and not os.environ.get("ACCELERATE_USE_CPU"):
@@ -134,4 +134,4 @@ def describe_hardware(num_threads: int | None) -> str:
     file = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", file.read_text()) if file.exists() else None
     name = found.group(1) if found else platform.processor() or platform.machine()
-    return f"{name}, threads a run: {num_threads or os.cpu_count()}"
+    return f"{name}, threads a run: {num_threads}"

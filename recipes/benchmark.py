@@ -83,7 +83,9 @@ class BenchmarkArguments:
     per_device_train_batch_size: int | None = field(default=None, metadata={"help": "None: the protocol's."})
     image_size: int | None = field(default=None, metadata={"help": "Encoder's input. None: the protocol's."})
     workers: int = field(default=1, metadata={"help": "Runs at a time."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of each run. None: all cores."})
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each run. None: its share of the cores."}
+    )
     cost_steps: int = field(default=12, metadata={"help": "Steps of the runs that measure time and memory."})
     cost_rounds: int = field(default=3, metadata={"help": "Such runs of each method, in turns; medians are reported."})
     output_dir: str = field(default="docs/results", metadata={"help": "Folder of records and tables."})
@@ -103,6 +105,11 @@ class Benchmark:
     def output(self) -> Path:
         """Folder of tables, and of records under `runs`."""
         return Path(self.args.output_dir)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each run."""
+        return self.args.num_threads or max(1, (os.cpu_count() or 1) // self.args.workers)
 
     @property
     def records(self) -> Path:
@@ -130,7 +137,7 @@ class Benchmark:
 
     def job(self, folder: str, protocol: Protocol, arguments: dict, others: Mapping | None = None, **fields) -> Job:
         """A run of train.py; `others` are arguments that decide nothing."""
-        common = {"num_threads": self.args.num_threads, "measure_before": False, "save_total_limit": 1}
+        common = {"num_threads": self.threads, "measure_before": False, "save_total_limit": 1}
         if protocol is self.protocol:
             common["data_root"] = self.args.data_root
         return Job(
@@ -283,7 +290,7 @@ def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted
             validation_losses=None if diverged else results["validation"]["losses"],
             parameters=results["parameters"],
             commit=describe_commit(ROOT),
-            hardware=describe_hardware(benchmark.args.num_threads),
+            hardware=describe_hardware(benchmark.threads),
             versions=results.get("versions", {}),
         )
         write_record(run.file, record)
@@ -321,7 +328,7 @@ def measure_cost(benchmark: Benchmark, variants: Mapping[str, dict]) -> None:
         "steps": args.cost_steps,
         "rounds": args.cost_rounds,
         "commit": describe_commit(ROOT),
-        "hardware": describe_hardware(args.num_threads),
+        "hardware": describe_hardware(benchmark.threads),
         "methods": {
             name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
             for name, turns in measured.items()
