@@ -98,7 +98,7 @@ class Benchmark:
 
     args: BenchmarkArguments
     protocol: Protocol
-    variants: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]  # with `learning_rate`, once it is chosen
     seeds: range
 
     @property
@@ -165,14 +165,14 @@ def main() -> None:
     """All stages."""
     args = engine.parse_arguments(BenchmarkArguments)
     benchmark = build(args)
-    rates = choose_learning_rates(benchmark)
-    variants = {
-        name: {**choices, "learning_rate": rates[choices["method"]]} for name, choices in benchmark.variants.items()
-    }
+    if args.stages != ["table"]:
+        rates = choose_learning_rates(benchmark)
+        for choices in benchmark.variants.values():
+            choices["learning_rate"] = rates[choices["method"]]
     if "runs" in args.stages:
-        run_seeds(benchmark, variants)
+        run_seeds(benchmark)
     if "cost" in args.stages:
-        measure_cost(benchmark, variants)
+        measure_cost(benchmark)
     if "table" in args.stages:
         write_tables(benchmark)
 
@@ -182,7 +182,8 @@ def build(args: BenchmarkArguments) -> Benchmark:
     if args.protocol not in PROTOCOLS:
         raise ValueError(f"`protocol` is {args.protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
     protocol = PROTOCOLS[args.protocol]
-    protocol.check_data_root(args.data_root)
+    if args.stages != ["table"]:
+        protocol.check_data_root(args.data_root)
     known = ablations(len(protocol.tasks))
     allowed = {"stages": STAGES, "methods": METHODS, "ablation": (*known, "all")}
     for name, words in allowed.items():
@@ -260,11 +261,11 @@ def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> 
     return {"protocol": SYNTHETIC_3.name, "seed": TUNING_SEED, "settings": settings, "methods": table}
 
 
-def run_seeds(benchmark: Benchmark, variants: Mapping[str, dict]) -> None:
+def run_seeds(benchmark: Benchmark) -> None:
     """Train every variant with every seed."""
     settings, wanted = benchmark.settings(benchmark.protocol), []
-    for seed, name in ((seed, name) for seed in benchmark.seeds for name in variants):
-        choices = {**variants[name], "seed": seed}
+    for seed, name in ((seed, name) for seed in benchmark.seeds for name in benchmark.variants):
+        choices = {**benchmark.variants[name], "seed": seed}
         job = benchmark.job(f"{name}-seed{seed}", benchmark.protocol, {**settings, **choices})
         wanted.append(Wanted(name, benchmark.record_file(name, seed), choices, job))
     run_missing(benchmark, benchmark.protocol, settings, wanted)
@@ -298,12 +299,12 @@ def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted
         print(f"{job.name}: {'diverged' if diverged else 'done'}, {len(runs) - count} to go", flush=True)
 
 
-def measure_cost(benchmark: Benchmark, variants: Mapping[str, dict]) -> None:
+def measure_cost(benchmark: Benchmark) -> None:
     """Step time and peak memory of all variants in one go: a short run at a time, all of them in every round.
 
     Figures of an earlier go that lack a variant are replaced, not added to: the machine may have been slower then.
     """
-    args, protocol, file = benchmark.args, benchmark.protocol, benchmark.cost_file
+    args, protocol, variants, file = benchmark.args, benchmark.protocol, benchmark.variants, benchmark.cost_file
     settings = benchmark.settings(protocol)
     found = json.loads(file.read_text()) if file.exists() else {"methods": {}}
     if found.get("settings") == settings and variants.keys() <= found["methods"].keys():
