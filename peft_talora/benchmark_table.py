@@ -107,7 +107,7 @@ def _spread(values: Sequence[float | None]) -> Spread:
     return {"mean": mean, "ci95": interval and list(interval)}
 
 
-def to_markdown(table: Table, protocol: Protocol) -> str:
+def to_markdown(table: Table, protocol: Protocol, title: str) -> str:
     """The table to be read: the main figures first, then every figure of every task."""
     methods, directions = table["methods"], protocol.higher_is_better
     primary = {task: next(iter(figures)) for task, figures in directions.items()}
@@ -133,7 +133,7 @@ def to_markdown(table: Table, protocol: Protocol) -> str:
             "step (ms)": lambda m: _NO_NUMBER if m["step_seconds"] is None else f"{1000 * m['step_seconds']:.0f}",
             "peak (MiB)": lambda m: _NO_NUMBER if m["peak_mib"] is None else f"{m['peak_mib']:.0f}",
         }
-    parts = [f"# {protocol.name}", _introduction(table, protocol), _rows(methods, columns)]
+    parts = [f"# {title}", _introduction(table, protocol), _rows(methods, columns)]
     parts += [f"- {note}" for note in table["notes"]]
     for task, figures in directions.items():
         details = {

@@ -24,6 +24,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from .data import SYNTHETIC_TASKS, AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes
 from .losses import IGNORE_INDEX
+from .msam_config import task_entries
 from .tasks import KINDS, Task
 
 TaskOrder = Literal["folded", "sequential"]
@@ -132,6 +133,15 @@ def parse_task(text: str, known: Mapping[str, int]) -> dict[str, Any]:
             f"name=kind:channels, for example {name}=segmentation:{channels}."
         )
     return {"name": name, "kind": kind, "channels": int(channels)}
+
+
+def parse_tasks(args: DataArguments, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """All tasks of a run as [`parse_task`] parses one; generated scenes know their channels.
+
+    Raises:
+        ValueError: As `parse_task` does, and for a name that occurs twice.
+    """
+    return task_entries([parse_task(text, {} if args.data_root else SYNTHETIC_TASKS) for text in texts])
 
 
 def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_size: int) -> Dataset:

@@ -259,11 +259,13 @@ class _Scatter:
         centres = [(sign * (away + width / 2), 0) for sign in (1, -1)]
         centres += [(x * (away + width / 2), y * (away + height / 2)) for y in (-1, 1) for x in (1, -1, 0)]
         centres += [(x * (away + width / 2), y * (away + 1.5 * height)) for y in (-1, 1) for x in (1, -1, 0)]
+        centres += [(0, y * (away + rows * height)) for rows in (2.5, 3.5, 4.5) for y in (-1, 1)]
         boxes = [
             (column + x - width / 2, row + y - height / 2, column + x + width / 2, row + y + height / 2)
             for x, y in centres
         ]
-        return [b for b in boxes if b[0] > 0 and b[2] < self.page.width and b[1] > self.top - height] or boxes[:1]
+        inside = (0, self.top - height, self.page.width, self.bottom)
+        return [box for box in boxes if _overlap(box, inside) == _overlap(box, box)] or boxes[:1]
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> float:

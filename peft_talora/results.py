@@ -9,12 +9,16 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import accelerate
+import peft
 import torch
+import transformers
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
 from .checkpoint import Progress
+from .version import __version__
 
 WARM_UP = 3
 KEPT_STEPS = 1000
@@ -93,6 +97,10 @@ def of_run(accelerator: Accelerator, model: PeftModel, progress: Progress) -> di
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
+        "versions": {
+            "peft_talora": __version__,
+            **{module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)},
+        },
     }
 
 

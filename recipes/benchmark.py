@@ -353,9 +353,10 @@ def write_tables(benchmark: Benchmark) -> None:
         raise ValueError(f"{benchmark.cost_file} is of other settings than the records: run the stage `cost` again.")
     table = make_table(protocol, records, {"delta_m_vs_talora": "talora"} if ablation else BASELINES, costs)
     name = f"ablations-{protocol.name}" if ablation else protocol.name
+    title = f"{protocol.name}, talora and variants of it" if ablation else protocol.name
     with write_aside(benchmark.output) as aside:
         write_json(aside / f"{name}.json", table)
-        (aside / f"{name}.md").write_text(to_markdown(table, protocol))
+        (aside / f"{name}.md").write_text(to_markdown(table, protocol, title))
         picture = draw_table(table)
         if picture is not None:
             picture.save(aside / f"{name}.png")

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import accelerate
-import peft
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
@@ -28,7 +26,6 @@ import peft_talora
 from peft_talora import checkpoint, data, engine, evaluation, hub, report, results
 from peft_talora.adapters import AdapterArguments
 from peft_talora.methods import Method, find_method
-from peft_talora.msam_config import task_entries
 
 
 @dataclass
@@ -137,13 +134,10 @@ def train_apart(args: TrainArguments, method: str) -> None:
     Resumed, runs that are finished stay as they are, and the one under way goes on.
     """
     output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint == "latest"
-    folders = {}
-    for text in args.tasks:
-        task = parse_task(args, text)["name"]
-        folders[task] = output_dir / task
-        single = replace(args, method=method, tasks=[text], output_dir=str(folders[task]), resume_from_checkpoint=None)
-        if resume and checkpoint.list_checkpoints(folders[task]):
-            single.resume_from_checkpoint = "latest"
+    folders = {task["name"]: output_dir / task["name"] for task in engine.parse_tasks(args, args.tasks)}
+    for text, folder in zip(args.tasks, folders.values(), strict=True):
+        begun = "latest" if resume and checkpoint.list_checkpoints(folder) else None
+        single = replace(args, method=method, tasks=[text], output_dir=str(folder), resume_from_checkpoint=begun)
         if not (resume and is_finished(single)):
             train_one(single)
     if PartialState().is_main_process:
@@ -244,18 +238,8 @@ def validate(run: Run) -> None:
 
 def build(args: TrainArguments) -> Run:
     """Everything before the first step."""
-    method, distributed = find_method(args.method), DistributedDataParallelKwargs()
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        kwargs_handlers=[distributed],
-    )
-    order = method.resolve_order(args.task_order, accelerator.device)
-    # Task by task, each backward pass leaves the other tasks' heads without a gradient.
-    distributed.find_unused_parameters = order == "sequential"
-    engine.set_threads(args, accelerator)
-    results.forget_peak(accelerator.device)
-    set_seed(args.seed)
+    method = find_method(args.method)
+    accelerator, order = launch(args, method)
     output_dir = Path(args.output_dir)
     model = method.add(build_model(args, accelerator, output_dir), args)
     base = model.get_base_model()
@@ -297,6 +281,23 @@ def build(args: TrainArguments) -> Run:
     )
 
 
+def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.TaskOrder]:
+    """What owns the devices, and the order of tasks there; from here on all random numbers are the seed's."""
+    distributed = DistributedDataParallelKwargs()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        kwargs_handlers=[distributed],
+    )
+    order = method.resolve_order(args.task_order, accelerator.device)
+    # Task by task, each backward pass leaves the other tasks' heads without a gradient.
+    distributed.find_unused_parameters = order == "sequential"
+    engine.set_threads(args, accelerator)
+    results.forget_peak(accelerator.device)
+    set_seed(args.seed)
+    return accelerator, order
+
+
 def check_arguments(args: TrainArguments, method: Method) -> None:
     """Refuse what would fail late."""
     method.check(args)
@@ -309,22 +310,16 @@ def check_arguments(args: TrainArguments, method: Method) -> None:
         raise ValueError(
             f"`push_to_hub` uploads one adapter, {method.name!r} writes one per task: use `peft_talora.push_to_hub`."
         )
-    if method.alone:
-        task_entries([parse_task(args, text) for text in args.tasks])
-        if args.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(
-                f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}; with a run per task allowed: 'latest'."
-            )
+    if method.alone and args.resume_from_checkpoint not in (None, "latest"):
+        raise ValueError(
+            f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}; with a run per task allowed: 'latest'."
+        )
+    engine.parse_tasks(args, args.tasks)
 
 
 def deciding_arguments(args: TrainArguments) -> dict:
     """What decides the run's course."""
     return {name: value for name, value in asdict(args).items() if name not in FREE}
-
-
-def parse_task(args: TrainArguments, text: str) -> dict:
-    """A task as a flag gives it."""
-    return engine.parse_task(text, {} if args.data_root else data.SYNTHETIC_TASKS)
 
 
 def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft_talora.MSamModel:
@@ -333,7 +328,7 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
     with accelerator.main_process_first():
         if args.base is None and not (output_dir / "base" / "model.safetensors").exists():
             peft_talora.save_small_sam(base)
-    tasks = [parse_task(args, text) for text in args.tasks]
+    tasks = engine.parse_tasks(args, args.tasks)
     model = peft_talora.MSamModel.from_pretrained(
         base, tasks=tasks, decoder_mode=args.decoder_mode, image_size=args.image_size
     )
@@ -359,7 +354,6 @@ def finish(run: Run) -> None:
         "task_order": run.passes["order"],
         "seed": args.seed,
         "arguments": asdict(args),
-        "versions": {m.__name__: m.__version__ for m in (peft_talora, torch, transformers, peft, accelerate)},
     }
     samples = report.examples(run.test_set)
     logits = evaluation.predict(model, run.collator, samples, **run.passes)

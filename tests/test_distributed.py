@@ -18,13 +18,16 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
-from peft_talora import MSamModel, TALoRAConfig
+from peft_talora import MSamModel, TALoRAConfig, engine
+from peft_talora.adapters import AdapterArguments
+from peft_talora.methods import METHODS
 
 TASKS = {"segmentation": 4, "depth": 1, "normals": 3}  # not in alphabetical order
 PROCESSES, BATCH = 2, 4  # of all processes together
 MIXED = ["depth", "depth", "normals", "segmentation"]  # each process lacks a task that the other has
 DATA_PARALLEL = [(batch, recomputed) for batch in ("folded", "mixed") for recomputed in (False, True)]
 SHARDINGS = ("FSDP1", "FSDP2")
+METHODS_IN_PARALLEL = ("lora-hps", "full-hps", "mtlora")
 
 
 def build(sam_folder: str) -> PeftModel:
@@ -115,12 +118,33 @@ def train_sharded(sam_folder: str, sharding: str, samples: range, folder: Path) 
     return {"before": before, "after": after}
 
 
+def gradients_of_method(name: str, sam_folder: str, samples: range, processes: int) -> dict[str, torch.Tensor]:
+    """Of a method of the training recipe, in its own order of tasks."""
+    torch.manual_seed(0)
+    method, base = METHODS[name], MSamModel.from_pretrained(sam_folder, tasks=TASKS).double()
+    model = method.add(base, AdapterArguments(method=name, r=4))
+    with torch.no_grad():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    order = method.resolve_order("auto", torch.device("cpu"))
+    wrapped = model
+    if processes > 1:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=order == "sequential")
+    for group in engine.task_groups(list(TASKS), order):
+        method.activate(model, group)
+        logits = wrapped(pixel_values=images()[samples], tasks=group).logits
+        sum(maps.square().sum() for maps in logits.values()).div(len(samples)).backward()
+    return gradients(wrapped)
+
+
 def work(rank: int, sam_folder: str, folder: str) -> None:
     """What each process does; the first one writes what the tests look at."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
     samples = range(BATCH)[rank * BATCH // PROCESSES : (rank + 1) * BATCH // PROCESSES]
     found = {key: gradients_in_parallel(sam_folder, *key, samples) for key in DATA_PARALLEL}
+    for name in METHODS_IN_PARALLEL:
+        found[name] = gradients_of_method(name, sam_folder, samples, PROCESSES)
     for sharding in SHARDINGS:
         found[sharding] = train_sharded(sam_folder, sharding, samples, Path(folder))
     torch.save(found, f"{folder}/found-{rank}.pt")
@@ -155,6 +179,14 @@ def test_gradients_of_two_processes_are_those_of_one(two, sam_folder, batch, rec
         assert difference <= 1e-6, difference
     rows = {name.split(".")[-1] for name, grad in expected.items() if ".talora_task." in name and grad.any()}
     assert rows == set(TASKS), "every task is somewhere in the batch"
+
+
+@pytest.mark.parametrize("name", METHODS_IN_PARALLEL)
+def test_every_method_has_the_gradients_of_one_process(two, sam_folder, name):
+    expected = gradients_of_method(name, sam_folder, range(BATCH), 1)
+    for process in two[0]:
+        difference = largest_difference(process[name], expected)
+        assert difference <= 1e-6, difference
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -25,8 +25,8 @@ TASKS = [
 HEADS = [f"task_heads.{task['name']}" for task in TASKS]
 SAVED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "msam_config.json"}
 RESULTS = {
-    "before": {"depth": {"rmse": 2.5}, "normals": {"mean_angle": 90.0}},
-    "after": {"depth": {"rmse": 0.53217}, "normals": {"mean_angle": 31.25}},
+    "before": {"depth": {"rmse": 2.5}, "normals": {"mean_angle": 90.0}, "borders": {"odsf": 0.1}},
+    "after": {"depth": {"rmse": 0.53217}, "normals": {"mean_angle": 31.25}, "borders": {"odsf": 0.5}},
     "method": "talora",
     "parameters": {"adapter": 1234, "encoder": 0, "heads": 56789},
     "images": {"train": 14, "validation": 2, "test": 3},

@@ -27,7 +27,7 @@ ALLOWED = {
     "hub": {"files", "msam", "msam_config", "tuner"},
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
-    "engine": {"data", "losses", "metrics", "tasks"},
+    "engine": {"data", "losses", "msam_config", "tasks"},
     "intervals": set(),
     "jobs": {"files"},
     "protocols": {"losses", "tasks"},
@@ -38,7 +38,7 @@ ALLOWED = {
     "mtlora": {"adapters", "files", "hub", "msam"},
     "methods": {"adapters", "engine", "hub", "msam", "mtlora", "tuner"},
     "checkpoint": {"files", "hub"},
-    "results": {"checkpoint"},
+    "results": {"checkpoint", "version"},
     "report": {"data", "engine", "evaluation", "files", "hub", "plotting", "results", "tasks"},
 }
 

@@ -1,0 +1,173 @@
+"""Every method through the recipes, in this process, on a tiny SAM: trained, evaluated, resumed."""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_sam
+from PIL import Image
+from safetensors.torch import load_file
+
+import peft_talora
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TASKS = ["segmentation", "depth"]
+SINGLE = {"lora-stl": "lora-hps", "full-stl": "full-hps"}
+METHODS = ["talora", "lora-stl", "lora-hps", "full-stl", "full-hps", "heads", "mtlora"]
+PER_TASK = ["lora-stl", "full-stl", "mtlora"]
+
+
+def call(recipe: str, *arguments) -> None:
+    arguments = [*arguments, "--num_threads", torch.get_num_threads()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """8 images, of which 7 are trained on in 3 steps of an epoch; steps 2 and 4 are saved within their epochs."""
+    base = tmp_path_factory.mktemp("base")
+    make_sam().save_pretrained(base)
+    return ["--base", base, "--num_images", 8, "--num_train_epochs", 2, "--save_steps", 2, "--save_total_limit", 9]
+
+
+def train(arguments, method, tasks, folder, *more):
+    dropout = ["--dropout", 0.1] if "lora" in method else []
+    call("train.py", *arguments, *dropout, "--method", method, "--tasks", *tasks, "--output_dir", folder, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, tmp_path_factory):
+    """The folders of a run of each method."""
+    root = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        train(arguments, method, TASKS, root / method)
+    return root
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_same_weights(folder, other):
+    weights, others = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
+    assert weights.keys() == others.keys()
+    assert not [name for name, value in weights.items() if not torch.equal(value, others[name])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_have_the_same_keys_whatever_the_method(method, trained):
+    results = read_results(trained / method)
+    assert results.keys() == read_results(trained / "talora").keys()
+    assert results["method"] == results["arguments"]["method"] == method
+    assert list(results["after"]) == list(results["before"]) == list(results["validation"]["metrics"]) == TASKS
+    assert all(math.isfinite(loss) for loss in results["validation"]["losses"].values())
+    kinds = {kind for kind, number in results["parameters"].items() if number}
+    assert kinds == {"heads", "all"} | ({"encoder"} if "full" in method else set()) | (
+        {"adapter", "other"} if "lora" in method else set()
+    )
+    assert results["step_seconds"] > 0
+    assert results["peak_mib"] > 100
+    with (
+        Image.open(trained / method / "predictions.png") as picture,
+        Image.open(trained / "talora" / "predictions.png") as usual,
+    ):
+        assert picture.size == usual.size
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_repeats_the_figures_of_every_folder(method, trained, tmp_path):
+    after = read_results(trained / method)["after"]
+    parts = {trained / method / task: {task: after[task]} for task in TASKS}
+    for folder, expected in (parts if method in PER_TASK else {trained / method: after}).items():
+        assert read_results(folder)["after"] == expected
+        call("evaluate.py", "--adapter", folder, "--output", tmp_path / "figures.json")
+        found = json.loads((tmp_path / "figures.json").read_text())
+        if method == "mtlora":  # two LoRAs were added up to one, in another order of sums
+            assert found.keys() == expected.keys()
+            for task, metrics in found.items():
+                assert metrics == pytest.approx(expected[task], rel=2e-3)
+        else:
+            assert found == expected
+        assert f"- {SINGLE.get(method, method)}\n" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_a_run_per_task_is_an_ordinary_run_of_that_task(method, arguments, trained, tmp_path):
+    folder = trained / method / "depth"
+    assert read_results(folder)["method"] == SINGLE[method]
+    train(arguments, SINGLE[method], ["depth"], tmp_path)
+    assert_same_weights(folder, tmp_path)
+    assert read_results(tmp_path)["history"] == read_results(folder)["history"]
+
+
+def test_figures_of_runs_per_task_are_put_together(trained):
+    whole = read_results(trained / "lora-stl")
+    runs = {task: read_results(trained / "lora-stl" / task) for task in TASKS}
+    assert whole["after"] == {task: run["after"][task] for task, run in runs.items()}
+    assert whole["validation"]["losses"] == {task: run["validation"]["losses"][task] for task, run in runs.items()}
+    for kind, number in whole["parameters"].items():
+        assert number == sum(run["parameters"][kind] for run in runs.values())
+    assert whole["step_seconds"] == sum(run["step_seconds"] for run in runs.values())
+    assert whole["peak_mib"] == max(run["peak_mib"] for run in runs.values())
+    assert whole["history"] == {task: run["history"] for task, run in runs.items()}
+
+
+@pytest.mark.parametrize("method", ["mtlora", "full-hps"])
+def test_a_resumed_run_ends_with_the_same_weights(method, arguments, trained, tmp_path):
+    shutil.copytree(trained / method / "checkpoint-4", tmp_path / "checkpoint-4")
+    train(arguments, method, TASKS, tmp_path, "--resume_from_checkpoint", "latest")
+    for part in TASKS if method in PER_TASK else ["."]:
+        assert_same_weights(tmp_path / part, trained / method / part)
+    assert read_results(tmp_path)["after"] == read_results(trained / method)["after"]
+
+
+def test_runs_per_task_are_resumed_where_they_stopped(arguments, trained, tmp_path):
+    first, second = (tmp_path / task for task in TASKS)
+    shutil.copytree(trained / "lora-stl" / TASKS[0], first)
+    shutil.copytree(trained / "lora-stl" / TASKS[1] / "checkpoint-4", second / "checkpoint-4")
+    weights = first / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    train(arguments, "lora-stl", TASKS, tmp_path, "--resume_from_checkpoint", "latest")
+    assert weights.stat().st_mtime_ns == written, "a finished run stays as it is"
+    assert_same_weights(second, trained / "lora-stl" / TASKS[1])
+    assert read_results(tmp_path)["after"] == read_results(trained / "lora-stl")["after"]
+    with pytest.raises(ValueError, match=r"results.json was trained with seed=0 \(now 1\)"):
+        train(arguments, "lora-stl", TASKS, tmp_path, "--resume_from_checkpoint", "latest", "--seed", 1)
+
+
+def test_loras_trained_for_the_tasks_are_one_talora(trained, tmp_path):
+    for method in ("mtlora", "lora-stl"):
+        loras = {task: trained / method / task for task in TASKS}
+        errors = peft_talora.from_loras(loras, tmp_path / method, modules_from="depth")
+        assert errors.overall < 1e-5
+
+
+def test_the_measurement_before_training_can_be_left_out(arguments, tmp_path):
+    train(arguments, "heads", ["depth"], tmp_path, "--measure_before", "False", "--num_train_epochs", 1)
+    assert read_results(tmp_path)["before"] == {}
+    assert "| depth | rmse | - |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "lora"], "`method` is 'lora'; allowed: talora"),
+        (["--method", "heads", "--r", "4"], "`r` is 4, but the method 'heads'"),
+        (["--method", "mtlora", "--task_order", "folded"], "`task_order` is 'folded'"),
+        (["--method", "lora-stl", "--push_to_hub", "user/name"], "`push_to_hub` uploads one adapter"),
+        (["--method", "lora-stl", "--tasks", "depth", "heat=1"], "'heat' is none of the kinds"),
+        (["--method", "full-stl", "--resume_from_checkpoint", "x"], "with a run per task allowed: 'latest'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call("train.py", *arguments, "--output_dir", tmp_path)
+    assert not list(tmp_path.iterdir())
