@@ -247,8 +247,11 @@ class _Scatter:
             taken += [(column - 5, min(ends), column + 5, max(ends)), (column - 14, row - 14, column + 14, row + 14)]
         bare = len(taken)
         for label, (x, y, _) in self.points.items():
-            boxes = self._boxes(label, *self.place(x, y))
+            column, row = self.place(x, y)
+            boxes = self._boxes(label, column, row)
             box = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
+            if box[1] > row + 40 or box[3] < row - 40:  # far from its point
+                self.draw.line([(column, row), (column, box[1] if box[1] > row else box[3])], "#b0b0b0", 2)
             self.draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), label, "#202020", self.font, anchor="mm")
             taken.append(box)
         return taken[bare:]
