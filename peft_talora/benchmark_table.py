@@ -177,6 +177,8 @@ def _with_interval(spread: Spread, digits: int | None = None, sign: str = "") ->
     if spread is None:
         return _NO_NUMBER
     digits = (2 if abs(spread["mean"]) >= 10 else 3) if digits is None else digits
+    if spread["mean"] == 0 and spread["ci95"] in (None, [0, 0]):
+        return "0"
     text = f"{spread['mean']:{sign}.{digits}f}"
     if not spread["ci95"]:
         return text

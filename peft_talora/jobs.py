@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,10 @@ class Job:
         return RuntimeError(f"{self.name} failed with exit code {code}; the end of {self.log}:\n{lines}")
 
 
-def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
+def run_jobs(jobs: Sequence[Job], workers: int, starting: Callable[[Job], None] | None = None) -> Iterator[Job]:
     """Run jobs, `workers` at a time, and give each one when it has ended.
 
-    If one fails, or the caller stops, those under way are ended; they go on from their checkpoints another time.
+    `starting` is called with each one before it starts. If one fails, or the caller stops, those under way are ended; they go on from their checkpoints another time.
 
     Raises:
         RuntimeError: If one fails; the message has the end of its log.
@@ -104,6 +104,8 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
+                if starting is not None:
+                    starting(job)
                 running[job.folder] = job, job.start()
             ended = [folder for folder, (_, process) in running.items() if process.poll() is not None]
             for folder in ended:

@@ -278,7 +278,13 @@ def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted
             check_record(run.file, settings, run.choices)
     runs = {run.job.folder: run for run in wanted if not run.file.exists()}
     print(f"{protocol.name}: {len(wanted) - len(runs)} of {len(wanted)} runs are done")
-    for count, job in enumerate(run_jobs([run.job for run in runs.values()], benchmark.args.workers), 1):
+    commits = {}  # as each run starts: what is committed while it runs is no part of it
+
+    def note_commit(job: Job) -> None:
+        commits[job.folder] = describe_commit(ROOT)
+
+    jobs = [run.job for run in runs.values()]
+    for count, job in enumerate(run_jobs(jobs, benchmark.args.workers, note_commit), 1):
         run = runs[job.folder]
         diverged = job.failed_acceptably()
         results = {"after": {}, "parameters": {}} if diverged else job.results()
@@ -290,7 +296,7 @@ def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted
             metrics=results["after"],
             validation_losses=None if diverged else results["validation"]["losses"],
             parameters=results["parameters"],
-            commit=describe_commit(ROOT),
+            commit=commits[job.folder],
             hardware=describe_hardware(benchmark.threads),
             versions=results.get("versions", {}),
         )

@@ -301,6 +301,6 @@ def test_from_runs_to_the_table(call, tmp_path, sam):
     assert ours["step_seconds"] > 0
     assert ours["peak_mib"] > 0
     assert reference["step_seconds"] is None
-    assert "| full-stl | 0.01 | +0.00 |" in (results / "synthetic-3.md").read_text()
+    assert "| full-stl | 0.01 | 0 |" in (results / "synthetic-3.md").read_text()
     with Image.open(results / "synthetic-3.png") as picture:
         assert picture.size == (780, 470)
