@@ -35,10 +35,12 @@ def make_table(
         protocol: What was run.
         records: Of comparable runs (see `read_comparable`), in the order of the table.
         baselines: Key of the table → the name of the runs that Δm is taken against.
-        costs: `hardware`, and `methods`: name → `step_seconds` and `peak_mib`. None: not measured.
+        costs: `hardware`, `steps` and `rounds`, and `methods`: name → `step_seconds` and `peak_mib`. None: not
+            measured.
 
     Returns:
-        What is written as JSON: `protocol`, `commit`, `hardware`, `baselines`, `notes`, `settings` and `methods`.
+        What is written as JSON: `protocol`, `commit`, `hardware`, `baselines`, `cost`, `notes`, `settings` and
+        `methods`.
     """
     runs, notes, methods = by_name(records), [], {}
     for name, seeds in runs.items():
@@ -61,6 +63,7 @@ def make_table(
         "commit": ", ".join(sorted({record.commit or "unknown" for record in records})),
         "hardware": costs["hardware"] if costs else ", ".join(sorted({record.hardware for record in records})),
         "baselines": dict(baselines),
+        "cost": costs and {key: costs[key] for key in ("steps", "rounds")},
         "notes": sorted(set(notes)),
         "settings": records[0].settings if records else {},
         "methods": methods,

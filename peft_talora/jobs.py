@@ -92,7 +92,9 @@ class Job:
 def run_jobs(jobs: Sequence[Job], workers: int, starting: Callable[[Job], None] | None = None) -> Iterator[Job]:
     """Run jobs, `workers` at a time, and give each one when it has ended.
 
-    `starting` is called with each one before it starts. If one fails, or the caller stops, those under way are ended; they go on from their checkpoints another time.
+    `starting` is called with each one before it starts.
+
+    If one fails, or the caller stops, those under way are ended; they go on from their checkpoints another time.
 
     Raises:
         RuntimeError: If one fails; the message has the end of its log.

@@ -28,7 +28,7 @@ class Record:
         settings: train.py's arguments that all runs of a table share.
         choices: Those that are this run's own: method, seed, learning rate, what a variant changes.
         metrics: Task → figure → value on the test images of the checkpoint that validation chose; None: not a number.
-        validation_losses: Task → loss of that checkpoint on the validation images; None: training diverged.
+        validation: `metrics` and `losses` of that checkpoint on the validation images, by task; None: training diverged.
         parameters: Trained parameters: `adapter` (low-rank updates), `encoder` (trained as a whole), `heads`, `other`.
         commit: Of this project's code.
         hardware: In words.
@@ -40,7 +40,7 @@ class Record:
     settings: dict[str, Any]
     choices: dict[str, Any]
     metrics: dict[str, dict[str, float | None]]
-    validation_losses: dict[str, float] | None
+    validation: dict[str, dict[str, Any]] | None
     parameters: dict[str, int]
     commit: str | None
     hardware: str
@@ -54,7 +54,7 @@ class Record:
     @property
     def validation_loss(self) -> float:
         """Summed over the tasks; infinite where training diverged."""
-        return float("inf") if self.validation_losses is None else sum(self.validation_losses.values())
+        return float("inf") if self.validation is None else sum(self.validation["losses"].values())
 
 
 def write_record(file: Path, record: Record) -> None:

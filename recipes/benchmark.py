@@ -294,7 +294,7 @@ def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted
             settings=settings,
             choices=run.choices,
             metrics=results["after"],
-            validation_losses=None if diverged else results["validation"]["losses"],
+            validation=None if diverged else results["validation"],
             parameters=results["parameters"],
             commit=commits[job.folder],
             hardware=describe_hardware(benchmark.threads),

@@ -36,7 +36,7 @@ def record(name, seed, values, **changes):
         settings=SETTINGS,
         choices={"method": name, "seed": seed, "learning_rate": 1e-3},
         metrics=metrics,
-        validation_losses={"segmentation": 0.5, "edges": 0.25},
+        validation={"metrics": {}, "losses": {"segmentation": 0.5, "edges": 0.25}},
         parameters={"adapter": 1000, "encoder": 200, "heads": 5000, "other": 30, "all": 9000},
         commit="abc",
         hardware="a processor",
@@ -63,7 +63,12 @@ def test_delta_m_by_hand_is_of_the_same_seed_s_baseline():
 
 
 def test_figures_parameters_and_costs_by_hand():
-    costs = {"hardware": "idle", "methods": {"talora": {"step_seconds": 0.25, "peak_mib": 700.0}}}
+    costs = {
+        "hardware": "idle",
+        "steps": 12,
+        "rounds": 3,
+        "methods": {"talora": {"step_seconds": 0.25, "peak_mib": 700.0}},
+    }
     table = make_table(PROTOCOL, [*STL, *OURS], BASELINES, costs)
     talora = table["methods"]["talora"]
     assert talora["seeds"] == 2
@@ -130,7 +135,7 @@ def test_a_record_round_trips_and_nan_becomes_none(tmp_path):
     write_record(file, record("talora", 0, (0.5, math.nan, 0.4, 0.2)))
     assert read_record(file) == record("talora", 0, (0.5, None, 0.4, 0.2))
     assert read_record(file).validation_loss == 0.75
-    assert replace(OURS[0], validation_losses=None).validation_loss == math.inf
+    assert replace(OURS[0], validation=None).validation_loss == math.inf
     file.write_text("{}")
     with pytest.raises(ValueError, match="no record"):
         read_record(file)
@@ -216,8 +221,8 @@ def write_tuning(build, losses, *arguments):
     benchmark = build("--methods", "talora", *arguments)
     for rate, loss in losses.items():
         choices = {"method": "talora", "seed": 100, "learning_rate": rate}
-        losses_by_task = None if loss is None else {"depth": loss / 2, "normals": loss / 2}
-        made = record("talora", 100, (1, 1, 1, 1), choices=choices, validation_losses=losses_by_task)
+        validation = None if loss is None else {"metrics": {}, "losses": {"depth": loss / 2, "normals": loss / 2}}
+        made = record("talora", 100, (1, 1, 1, 1), choices=choices, validation=validation)
         file = benchmark.output / "runs" / "learning-rates" / f"talora-{rate:g}-seed100.json"
         write_record(file, replace(made, settings=benchmark.settings(SYNTHETIC_3)))
     return benchmark
