@@ -43,6 +43,9 @@ class DataArguments:
         default=IGNORE_INDEX, metadata={"help": "Class in the files of segmentation and parts that means 'no label'."}
     )
     derive_edges: bool = field(default=False, metadata={"help": "Take edges from the borders of segmentation."})
+    allow_unlabelled: bool = field(
+        default=False, metadata={"help": "Take images of the folder that have a label of none of the tasks, too."}
+    )
     num_images: int = field(
         default=512, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
     )
@@ -170,7 +173,9 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
     if args.derive_edges and not folders and any(not (Path(args.data_root, split, t.name)).is_dir() for t in edges):
         folders = {"segmentation"}
     ignored = {} if args.ignored_class == IGNORE_INDEX else dict.fromkeys(folders, args.ignored_class)
-    return FolderDataset(args.data_root, split, tasks, args.derive_edges, ignored)
+    return FolderDataset(
+        args.data_root, split, tasks, args.derive_edges, ignored, allow_unlabelled=args.allow_unlabelled
+    )
 
 
 def open_splits(

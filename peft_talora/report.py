@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def write_combined_report(
     """
     results = combine({task: json.loads((part / "results.json").read_text()) for task, part in parts.items()})
     results = {**own, **results}
+    args = replace(args, allow_unlabelled=True)
     tasks, samples, logits = [], [], []
     for part in parts.values():
         model = load(part)

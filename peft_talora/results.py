@@ -22,6 +22,7 @@ from .version import __version__
 
 WARM_UP = 3
 KEPT_STEPS = 1000
+_RESIDENT = ("cpu", "mps")  # devices whose tensors are in the memory of the process
 # In the figures of several runs each of these is a mapping from the task.
 _BY_TASK = ("best_step", "history")
 _SAME = ("images", "seed", "task_order", "device", "mixed_precision", "processes", "versions")
@@ -64,14 +65,14 @@ def note_step(progress: Progress, seconds: float) -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_mib` be that of a new run; the resident set of a process on a CPU cannot forget."""
-    if device.type != "cpu":
+    """Let `peak_mib` be that of a new run; the resident set of a process cannot forget."""
+    if device.type not in _RESIDENT:
         torch.accelerator.reset_peak_memory_stats(device)
 
 
 def peak_mib(device: torch.device) -> float:
-    """Most memory that this process held so far, in MiB: on an accelerator its tensors, else the resident set."""
-    if device.type != "cpu":
+    """Most memory that this process held so far, in MiB: an accelerator's tensors, else its resident set."""
+    if device.type not in _RESIDENT:
         return torch.accelerator.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
@@ -105,12 +106,12 @@ def of_run(accelerator: Accelerator, model: PeftModel, progress: Progress) -> di
 
 
 def restrict(results: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Any]:
-    """The results with the test metrics of these tasks only."""
+    """The results of an adapter of these tasks alone: their test metrics, on the same images."""
     only = {
         moment: {name: metrics for name, metrics in results[moment].items() if name in tasks}
         for moment in ("before", "after")
     }
-    return {**results, **only}
+    return {**results, **only, "arguments": {**results["arguments"], "allow_unlabelled": True}}
 
 
 def combine(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

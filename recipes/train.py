@@ -138,6 +138,7 @@ def train_apart(args: TrainArguments, method: str) -> None:
     for text, folder in zip(args.tasks, folders.values(), strict=True):
         begun = "latest" if resume and checkpoint.list_checkpoints(folder) else None
         single = replace(args, method=method, tasks=[text], output_dir=str(folder), resume_from_checkpoint=begun)
+        single.allow_unlabelled = True  # of an image that another task has a label of
         if not (resume and is_finished(single)):
             train_one(single)
     if PartialState().is_main_process:
@@ -357,11 +358,12 @@ def finish(run: Run) -> None:
     }
     samples = report.examples(run.test_set)
     logits = evaluation.predict(model, run.collator, samples, **run.passes)
-    for part in [[task] for task in tasks] if method.folder_per_task else [tasks]:
-        names = [task.name for task in part]
-        folder = run.output_dir / names[0] if method.folder_per_task else run.output_dir
-        own = results.restrict(figures, names)
-        method.save(model, names, folder, run.collator.image_processor, hub.model_card(model, own, args.push_to_hub))
+    parts = [("", tasks, figures)]
+    if method.folder_per_task:
+        parts = [(task.name, [task], results.restrict(figures, [task.name])) for task in tasks]
+    for name, part, own in parts:
+        folder, card = run.output_dir / name, hub.model_card(model, own, args.push_to_hub)
+        method.save(model, [task.name for task in part], folder, run.collator.image_processor, card)
         report.write_report(folder, own, part, samples, logits)
     if method.folder_per_task:
         report.write_report(run.output_dir, figures, tasks, samples, logits)

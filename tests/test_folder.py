@@ -195,6 +195,10 @@ def test_image_without_any_label_is_named_without_decoding(train):
     (train / "image" / "c.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"c\.png has no label of any task; tasks: segmentation"):
         read(train, SEGMENTATION)
+    save(train / "image" / "c.png", np.zeros((H, W, 3), dtype=np.uint8))
+    sample = read(train, SEGMENTATION, allow_unlabelled=True)[2]
+    assert sample["name"] == "c"
+    assert (sample["labels"]["segmentation"] == 255).all()
 
 
 def test_two_files_of_one_stem_are_rejected(train):

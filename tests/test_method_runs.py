@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_sam
@@ -148,6 +149,29 @@ def test_loras_trained_for_the_tasks_are_one_talora(trained, tmp_path):
         loras = {task: trained / method / task for task in TASKS}
         errors = peft_talora.from_loras(loras, tmp_path / method, modules_from="depth")
         assert errors.overall < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora-stl", "mtlora"])
+def test_tasks_see_the_same_images_where_labels_are_missing(method, arguments, tmp_path):
+    generator = np.random.default_rng(0)
+    for split, missing in (("train", {"segmentation": 0, "depth": 1}), ("val", {"depth": 0}), ("test", {"depth": 1})):
+        for folder in ("image", *TASKS):
+            (tmp_path / split / folder).mkdir(parents=True)
+        for index in range(4):
+            image = generator.integers(0, 255, size=(64, 64, 3), dtype=np.uint8)
+            labels = {"segmentation": image[..., 0] // 128, "depth": image[..., 1].astype(np.uint16) * 10 + 500}
+            Image.fromarray(image).save(tmp_path / split / "image" / f"{index}.png")
+            for task, label in labels.items():
+                if missing.get(task) != index:
+                    Image.fromarray(label).save(tmp_path / split / task / f"{index}.png")
+    run, data = tmp_path / "run", ["--data_root", tmp_path, "--val_split", "val", "--num_train_epochs", 1]
+    train(arguments, method, ["segmentation=2", "depth=1"], run, *data)
+    for task in TASKS:
+        results = read_results(run / task)
+        assert results["images"] == {"train": 4, "validation": 4, "test": 4}
+        call("evaluate.py", "--adapter", run / task, "--output", tmp_path / "figures.json")
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures[task] == pytest.approx(results["after"][task], rel=1e-2)
 
 
 def test_the_measurement_before_training_can_be_left_out(arguments, tmp_path):

@@ -33,7 +33,7 @@ class FolderDataset(torch.utils.data.Dataset):
     """Samples (see ``peft_talora.data``) from ``root/split/image/*`` and one folder per task beside ``image``.
 
     Files belong together by their stem, and samples are in the order of stems. An image may lack the labels of some
-    tasks, not of all. Labels are checked when they are read.
+    tasks, not of all (but see ``allow_unlabelled``). Labels are checked when they are read.
 
     Args:
         root: folder of the dataset.
@@ -45,6 +45,8 @@ class FolderDataset(torch.utils.data.Dataset):
         ignored_classes: folder name → class id of its files that means "no label", if not 255; it becomes 255.
             Giving 255 for edges or saliency says that 255 is meant so even in files of 0 and 255 only.
         depth_scale: metres per unit of a depth png.
+        allow_unlabelled: take images without a label of any task as well, with a label of the first one that has no
+            labelled pixel: the images are then the same ones whichever tasks are read.
 
     Raises:
         ValueError: a folder is missing or empty, stems are not unique, or an image has no label of any task.
@@ -58,6 +60,7 @@ class FolderDataset(torch.utils.data.Dataset):
         derive_edges: bool = False,
         ignored_classes: Mapping[str, int] | None = None,
         depth_scale: float = 0.001,
+        allow_unlabelled: bool = False,
     ):
         folder = Path(root) / split
         self.tasks, self.depth_scale = tuple(tasks), depth_scale
@@ -76,7 +79,7 @@ class FolderDataset(torch.utils.data.Dataset):
         self.labels = {t.name: _list_files(folder / self._folder_name(t), LABEL_SUFFIXES) for t in self.tasks}
         self.names = sorted(self.images)
         for name in self.names:
-            if not any(name in files for files in self.labels.values()):
+            if not allow_unlabelled and not any(name in files for files in self.labels.values()):
                 raise ValueError(f"{self.images[name]} has no label of any task; tasks: {', '.join(self.labels)}")
 
     def __len__(self) -> int:
@@ -94,6 +97,8 @@ class FolderDataset(torch.utils.data.Dataset):
                 label = self._read_label(task, path)
                 task.check_label(label, tuple(image.shape[1:]), source=str(path))
                 labels[task.name] = label
+        if not labels:
+            labels = {self.tasks[0].name: self.tasks[0].empty_label(tuple(image.shape[1:]))}
         return {"image": image, "labels": labels, "name": name}
 
     def _folder_name(self, task):
