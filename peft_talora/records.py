@@ -28,7 +28,7 @@ class Record:
         settings: train.py's arguments that all runs of a table share.
         choices: Those that are this run's own: method, seed, learning rate, what a variant changes.
         metrics: Task → figure → value on the test images of the checkpoint that validation chose; None: not a number.
-        validation: `metrics` and `losses` of that checkpoint on the validation images, by task; None: training diverged.
+        validation: Its `metrics` and `losses` on the validation images, by task; None: training diverged.
         parameters: Trained parameters: `adapter` (low-rank updates), `encoder` (trained as a whole), `heads`, `other`.
         commit: Of this project's code.
         hardware: In words.
