@@ -14,6 +14,7 @@ of a method is chosen by validation loss on synthetic-3, with a seed that no tab
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -322,6 +323,8 @@ def measure_cost(benchmark: Benchmark) -> None:
         short["num_images"] = images
     else:
         others["data_root"] = link_first_images(args.data_root, Path(args.work_dir) / "first-images", protocol, images)
+    # What an interrupted go left would be resumed at its end, and its figures taken for this go's.
+    shutil.rmtree(Path(args.work_dir) / protocol.name / "cost", ignore_errors=True)
     measured: dict[str, list[dict]] = {name: [] for name in variants}
     for turn in range(args.cost_rounds):
         for name, choices in variants.items():
