@@ -59,6 +59,15 @@ class Progress:
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def note_validation(self, metrics: dict[str, dict[str, float]], losses: dict[str, float]) -> bool:
+        """Add the figures of the validation images to the history; whether the sum of losses is the lowest so far."""
+        loss = sum(losses.values())
+        self.history.append({"step": self.step, "loss": loss, "losses": losses, "metrics": metrics})
+        if self.best_loss is not None and loss >= self.best_loss:
+            return False
+        self.best_loss, self.best_step = loss, self.step
+        return True
+
 
 def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str) -> None:
     """`Accelerator.save_state` hook: of a `PeftModel`, its adapters are saved and no more, once for all processes."""

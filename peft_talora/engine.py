@@ -241,14 +241,17 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def resolve_task_order(order: str, device: torch.device) -> TaskOrder:
+def resolve_task_order(order: str, device: torch.device, task_conditional: bool = True) -> TaskOrder:
     """`auto` is task by task on a CPU, where it costs the same time and 1/T of the memory, and folded elsewhere.
+
+    Where the encoder's output does not depend on the task (`task_conditional` of the mSAM is False), it is folded: one
+    pass serves all heads.
 
     Raises:
         ValueError: For another word than `folded`, `sequential` or `auto`.
     """
     if order == "auto":
-        return "sequential" if device.type == "cpu" else "folded"
+        return "sequential" if task_conditional and device.type == "cpu" else "folded"
     if order not in ("folded", "sequential"):
         raise ValueError(f"`task_order` must be 'folded', 'sequential' or 'auto'; got {order!r}.")
     return order

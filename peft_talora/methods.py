@@ -30,7 +30,7 @@ def serve_all(model: PeftModel, tasks: Sequence[str]) -> None:
 
 def one_pass(order: str, device: torch.device) -> TaskOrder:
     """The encoder's output is that of all tasks, so `auto` is one pass on every device."""
-    return resolve_task_order("folded" if order == "auto" else order, device)
+    return resolve_task_order(order, device, task_conditional=False)
 
 
 def task_by_task(order: str, device: torch.device) -> TaskOrder:

@@ -43,7 +43,7 @@ def main() -> None:
     tasks = [base.task(name) for name in base.task_names]
     collator = data.Collator(tasks, peft_talora.load_image_processor(folder))
     dataset = engine.open_split(args, args.split, tasks, base.config.vision_config.image_size)
-    order = engine.resolve_task_order(args.task_order, accelerator.device)
+    order = engine.resolve_task_order(args.task_order, accelerator.device, base.task_conditional)
     metrics, _ = evaluation.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
     for task, figures in metrics.items():
         for name, value in figures.items():

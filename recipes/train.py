@@ -221,19 +221,16 @@ def train_epoch(run: Run, bar: tqdm) -> None:
 
 def validate(run: Run) -> None:
     """Measure on the validation images; if they never did better, keep the adapter."""
-    progress = run.progress
     metrics, losses = run.measure(run.val_set)
-    loss = sum(losses.values())
-    progress.history.append({"step": progress.step, "loss": loss, "losses": losses, "metrics": metrics})
-    run.accelerator.print(f"step {progress.step}: validation loss {loss:.4f}, {report.headline(metrics)}")
+    step, loss = run.progress.step, sum(losses.values())
+    run.accelerator.print(f"step {step}: validation loss {loss:.4f}, {report.headline(metrics)}")
     if not losses:
         raise ValueError(
             f"none of the {len(run.val_set)} validation images has a label, so no checkpoint can be chosen"
         )
     if math.isnan(loss):
-        raise FloatingPointError(f"the validation loss at step {progress.step} is not a number: lower `learning_rate`")
-    if progress.best_loss is None or loss < progress.best_loss:
-        progress.best_loss, progress.best_step = loss, progress.step
+        raise FloatingPointError(f"the validation loss at step {step} is not a number: lower `learning_rate`")
+    if run.progress.note_validation(metrics, losses):
         checkpoint.save_best(run.accelerator, run.model, run.output_dir)
 
 

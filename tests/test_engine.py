@@ -118,6 +118,8 @@ def test_task_order_is_chosen_by_the_device():
     assert engine.resolve_task_order("auto", torch.device("cpu")) == "sequential"
     assert engine.resolve_task_order("auto", torch.device("cuda")) == "folded"
     assert engine.resolve_task_order("folded", torch.device("cpu")) == "folded"
+    assert engine.resolve_task_order("auto", torch.device("cpu"), task_conditional=False) == "folded"
+    assert engine.resolve_task_order("sequential", torch.device("cpu"), task_conditional=False) == "sequential"
     with pytest.raises(ValueError, match="'folded', 'sequential' or 'auto'; got 'both'"):
         engine.resolve_task_order("both", torch.device("cpu"))
 
