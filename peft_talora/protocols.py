@@ -183,7 +183,8 @@ CAMVID_2 = Protocol(
     derive_edges=True,
 )
 
-# The split named `val` is the one that all papers report on, so it is the test split here and chooses nothing.
+# The split named `val` is the one that all papers report on, so it is the test split here and chooses nothing. The
+# Hub's copy of the data marks unlabelled pixels by -1; files as `FolderDataset` reads them have 255.
 NYUV2_13 = Protocol(
     name="nyuv2-13",
     tasks=(_SEGMENTATION_13, _DEPTH, _NORMALS),
@@ -214,9 +215,9 @@ CITYSCAPES_7 = Protocol(
     augment=False,
 )
 
-# Saliency by mIoU, normals by the mean angle alone. Labels of both are other networks' predictions. The papers' mIoU is
-# the salient class's alone, averaged over images, at the best threshold; that of `SaliencyMetric` is the mean of both
-# classes over all pixels at threshold 0.5, hence another figure.
+# Saliency by mIoU, normals by the mean angle alone. Labels of both are predictions of other networks. The papers' mIoU
+# is the salient class's alone, averaged over images, at the best threshold; that of `SaliencyMetric` is the mean of
+# both classes over all pixels at threshold 0.5, hence another figure.
 PASCAL_MTLORA = Protocol(
     name="pascal-mtlora",
     tasks=(*_PASCAL, make_task("saliency", 1), _NORMALS),
