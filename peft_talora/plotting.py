@@ -161,3 +161,125 @@ def draw_curves(
             draw.ellipse(circle, fill=colour if share >= lowest else "white", outline=colour, width=4)
         draw.text((spots[-1][0] + 20, spots[-1][1]), label, colour, font, anchor="lm")
     return page.resize((640, 360), Image.Resampling.LANCZOS)
+
+
+def draw_scatter(
+    points: Mapping[str, tuple[float, float, Sequence[float] | None]], title: str, x_label: str
+) -> Image.Image:
+    """Draw labelled points with error bars over a logarithmic axis.
+
+    Args:
+        points: By label, (x, y, (low, high)) or (x, y, None), with x at least 0; x = 0 has a place of its own, left of
+            the axis.
+        title: Above the picture: what y is.
+        x_label: What x is.
+
+    Returns:
+        The picture, to be saved.
+    """
+    scatter = _Scatter(points)
+    scatter.draw.text((scatter.left, 36), title, "black", ImageFont.load_default(size=28))
+    scatter.draw_axes(x_label)
+    scatter.draw_points()
+    return scatter.page.resize((scatter.page.width // 2, scatter.page.height // 2), Image.Resampling.LANCZOS)
+
+
+class _Scatter:
+    """A picture of points at twice its size: what is where."""
+
+    left, right, top, bottom = 130, 1500, 110, 800
+
+    def __init__(self, points: Mapping[str, tuple[float, float, Sequence[float] | None]]):
+        self.points = points
+        self.page = Image.new("RGB", (1560, 940), "white")
+        self.draw, self.font = ImageDraw.Draw(self.page), ImageFont.load_default(size=26)
+        positive = [x for x, _, _ in points.values() if x > 0] or [1]
+        self.lowest, self.highest = math.log10(min(positive)) - 0.25, math.log10(max(positive)) + 0.25
+        self.begin = self.left + (150 if any(x == 0 for x, _, _ in points.values()) else 0)
+        spans = [value for _, y, interval in points.values() for value in (y, *(interval or ()), 0.0)]
+        margin = 0.08 * (max(spans) - min(spans)) or 1.0
+        self.floor, self.ceiling = min(spans) - margin, max(spans) + margin
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels of a point."""
+        height = self.bottom - (self.bottom - self.top) * (y - self.floor) / (self.ceiling - self.floor)
+        if x == 0:
+            return (self.left + self.begin) / 2, height
+        share = (math.log10(x) - self.lowest) / (self.highest - self.lowest)
+        return self.begin + (self.right - self.begin) * share, height
+
+    def draw_axes(self, x_label: str) -> None:
+        """Grid, ticks and the label of the x axis."""
+        step = 10 ** math.floor(math.log10((self.ceiling - self.floor) / 2))
+        step = next(step * m for m in (0.5, 1, 2, 5) if (self.ceiling - self.floor) / (step * m) <= 9)
+        for count in range(math.ceil(self.floor / step), math.floor(self.ceiling / step) + 1):
+            y = self.place(0, count * step)[1]
+            self.draw.line([(self.left, y), (self.right, y)], "#e4e4e4" if count else "#909090", 2 if count else 3)
+            self.draw.text((self.left - 14, y), f"{count * step:g}", "black", self.font, anchor="rm")
+        digits = (1,) if self.highest - self.lowest > 2.5 else (1, 2, 5)
+        decades = range(math.floor(self.lowest), math.ceil(self.highest) + 1)
+        for x in (digit * 10.0**decade for decade in decades for digit in digits):
+            if self.lowest <= math.log10(x) <= self.highest:
+                self._tick(self.place(x, 0)[0], _short(x))
+        if self.begin > self.left:
+            self._tick(self.place(0, 0)[0], "0")
+            for y in range(self.top, self.bottom, 24):
+                self.draw.line([(self.begin, y), (self.begin, y + 8)], "#b0b0b0", 2)
+        self.draw.text(((self.left + self.right) / 2, self.bottom + 66), x_label, "black", self.font, anchor="ma")
+
+    def _tick(self, x: float, label: str) -> None:
+        self.draw.line([(x, self.bottom), (x, self.bottom + 10)], "#909090", 3)
+        self.draw.text((x, self.bottom + 18), label, "black", self.font, anchor="ma")
+
+    def draw_points(self) -> list[tuple[float, float, float, float]]:
+        """Bars, dots and labels; a label lies where it covers least. Gives the boxes of the labels."""
+        zero, border = self.place(0, 0)[1], self.begin if self.begin > self.left else 0
+        taken = [(0, zero - 3, self.page.width, zero + 3), (border - 2, self.top, border + 2, self.bottom)]
+        colours = (0.85 * class_colours(len(self.points) + 2)[::-1]).astype(int)
+        for (x, y, interval), colour in zip(self.points.values(), colours, strict=False):
+            (column, row), colour = self.place(x, y), tuple(colour)
+            ends = [self.place(x, value)[1] for value in interval or (y, y)]
+            if interval and interval[0] < interval[1]:
+                self.draw.line([(column, ends[0]), (column, ends[1])], colour, 4)
+                for end in ends:
+                    self.draw.line([(column - 10, end), (column + 10, end)], colour, 4)
+            self.draw.ellipse((column - 11, row - 11, column + 11, row + 11), colour)
+            taken += [(column - 5, min(ends), column + 5, max(ends)), (column - 14, row - 14, column + 14, row + 14)]
+        bare = len(taken)
+        for label, (x, y, _) in self.points.items():
+            column, row = self.place(x, y)
+            boxes = self._boxes(label, column, row)
+            box = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
+            if box[1] > row + 40 or box[3] < row - 40:  # far from its point
+                self.draw.line([(column, row), (column, box[1] if box[1] > row else box[3])], "#b0b0b0", 2)
+            self.draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), label, "#202020", self.font, anchor="mm")
+            taken.append(box)
+        return taken[bare:]
+
+    def _boxes(self, label: str, column: float, row: float) -> list[tuple[float, float, float, float]]:
+        """Where a point's label may lie, the best place first; never outside the picture."""
+        width, height, away = self.draw.textlength(label, self.font) + 8, 34, 18
+        centres = [(sign * (away + width / 2), 0) for sign in (1, -1)]
+        centres += [(x * (away + width / 2), y * (away + height / 2)) for y in (-1, 1) for x in (1, -1, 0)]
+        centres += [(x * (away + width / 2), y * (away + 1.5 * height)) for y in (-1, 1) for x in (1, -1, 0)]
+        centres += [(0, y * (away + rows * height)) for rows in (2.5, 3.5, 4.5) for y in (-1, 1)]
+        boxes = [
+            (column + x - width / 2, row + y - height / 2, column + x + width / 2, row + y + height / 2)
+            for x, y in centres
+        ]
+        inside = (0, self.top - height, self.page.width, self.bottom)
+        return [box for box in boxes if _overlap(box, inside) == _overlap(box, box)] or boxes[:1]
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Area that two boxes (left, top, right, bottom) share."""
+    width, height = min(one[2], other[2]) - max(one[0], other[0]), min(one[3], other[3]) - max(one[1], other[1])
+    return max(0, width) * max(0, height)
+
+
+def _short(count: float) -> str:
+    """A count as people say it: 50 k, 2 M."""
+    for unit, sign in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= unit:
+            return f"{count / unit:g}{sign}"
+    return f"{count:g}"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peft_talora import draw_predictions, make_task
-from peft_talora.plotting import class_colours, draw_curves, paint
+from peft_talora.plotting import _Scatter, class_colours, draw_curves, draw_scatter, paint
 
 TASKS = [make_task("segmentation", 4), make_task("depth", 1), make_task("normals", 3), make_task("edges", 1)]
 
@@ -66,3 +66,44 @@ def test_curves_run_from_the_upper_left_to_where_the_axis_ends():
     assert np.ptp(places[1][:, 0]) < 12, "a flat curve is flat"
     assert places[0][:, 0].max() - places[1][:, 0].max() > 200, "the other ends at the bottom"
     assert places[0][places[0][:, 0].argmax(), 1] > 520, "on the right"
+
+
+POINTS = {
+    "heads": (0, -14.0, (-15.2, -12.8)),
+    "ours": (160_000, 0.9, (-0.4, 2.2)),
+    "shared": (170_000, 0.7, None),
+    "full": (2_700_000, 0.0, (0.0, 0.0)),
+}
+
+
+def test_points_lie_by_the_logarithm_and_nothing_trained_lies_left_of_the_axis():
+    scatter = _Scatter(POINTS)
+    columns = [scatter.place(x, y)[0] for x, y, _ in POINTS.values()]
+    assert columns == sorted(columns)
+    assert scatter.left < columns[0] < scatter.begin < columns[1]
+    steps = [scatter.place(x, 0)[0] for x in (1e5, 1e6, 1e7)]
+    assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1])
+    rows = [scatter.place(1, value)[1] for value in (-15.2, 0.0, 2.2)]
+    assert scatter.bottom > rows[0] > rows[1] > rows[2] > scatter.top
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    scatter = _Scatter(POINTS)
+    boxes = scatter.draw_points()
+    for index, one in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            assert not (one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3])
+        for x, y, _ in POINTS.values():
+            column, row = scatter.place(x, y)
+            assert not (one[0] < column < one[2] and one[1] < row < one[3])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [POINTS, {"one": (0, 0.0, None)}, {"a": (5, 1.0, None), "b": (5, 1.0, None)}],
+    ids=["few", "one", "equal"],
+)
+def test_a_scatter_is_drawn_whatever_the_range(points):
+    page = np.asarray(draw_scatter(points, "gain", "parameters"))
+    assert page.shape == (470, 780, 3)
+    assert (page < 250).any()

@@ -1,0 +1,137 @@
+"""Records of finished benchmark runs: one small file each, from which all tables are made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import write_aside, write_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished training run.
+
+    Attributes:
+        protocol: The benchmark it belongs to.
+        name: Of the method or variant.
+        settings: train.py's arguments that all runs of a table share.
+        choices: Those that are this run's own: method, seed, learning rate, what a variant changes.
+        metrics: Task → figure → value on the test images of the checkpoint that validation chose; None: not a number.
+        validation: Its `metrics` and `losses` on the validation images, by task; None: training diverged.
+        parameters: Trained parameters: `adapter` (low-rank updates), `encoder` (trained as a whole), `heads`, `other`.
+        commit: Of this project's code.
+        hardware: In words.
+        versions: Of the libraries.
+    """
+
+    protocol: str
+    name: str
+    settings: dict[str, Any]
+    choices: dict[str, Any]
+    metrics: dict[str, dict[str, float | None]]
+    validation: dict[str, dict[str, Any]] | None
+    parameters: dict[str, int]
+    commit: str | None
+    hardware: str
+    versions: dict[str, str]
+
+    @property
+    def seed(self) -> int:
+        """Of the training run."""
+        return self.choices["seed"]
+
+    @property
+    def validation_loss(self) -> float:
+        """Summed over the tasks; infinite where training diverged."""
+        return float("inf") if self.validation is None else sum(self.validation["losses"].values())
+
+
+def write_record(file: Path, record: Record) -> None:
+    """Write a record, whole or not at all."""
+    with write_aside(file.parent) as aside:
+        write_json(aside / file.name, asdict(record))
+
+
+def read_record(file: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    try:
+        return Record(**json.loads(file.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no record of a run: {error}") from error
+
+
+def check_record(file: Path, settings: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, if a file records a run of other settings or choices."""
+    record = read_record(file)
+    found, wanted = {**record.settings, **record.choices}, {**settings, **choices}
+    if differing := _differing(found, wanted):
+        raise ValueError(f"{file} is of a run with {differing}: delete it, or give the same arguments.")
+
+
+def read_comparable(files: Sequence[Path]) -> list[Record]:
+    """The records in files.
+
+    Raises:
+        ValueError: If two of them may not stand in one table: they differ in their settings, or one name has runs of
+            different choices.
+    """
+    records = [read_record(file) for file in files]
+    first: dict[str, Record] = {}
+    for file, record in zip(files, records, strict=True):
+        if differing := _differing(record.settings, records[0].settings):
+            raise ValueError(f"{file} and {files[0]} are not comparable: {differing}.")
+        same = first.setdefault(record.name, record)
+        if differing := _differing({**record.choices, "seed": same.seed}, same.choices):
+            raise ValueError(f"{file} is of a run with {differing}, as another seed of {record.name!r} has.")
+    return records
+
+
+def by_name(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Name → seed → record."""
+    table: dict[str, dict[int, Record]] = {}
+    for record in records:
+        table.setdefault(record.name, {})[record.seed] = record
+    return table
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """`name=value (not value)` of what differs, or nothing."""
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    return ", ".join(f"{name}={found.get(name)!r} (not {wanted.get(name)!r})" for name in names)
+
+
+def describe_commit(root: Path) -> str | None:
+    """The commit that a clone's package and recipes are of, with `+changes` if they differ; None outside a clone."""
+    git = ["git", "-C", str(root)]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "--", "peft_talora", "recipes"]
+    changes = subprocess.run(status, check=True, capture_output=True, text=True).stdout
+    return commit.stdout.strip() + ("+changes" if changes else "")
+
+
+def describe_hardware(num_threads: int) -> str:
+    """What runs are trained on: the accelerator, if there is one, else the processor and the threads of a run."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and not os.environ.get("ACCELERATE_USE_CPU"):
+        return torch.get_device_module(accelerator).get_device_name()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", file.read_text()) if file.exists() else None
+    name = found.group(1) if found else platform.processor() or platform.machine()
+    return f"{name}, threads a run: {num_threads}"

@@ -1,0 +1,80 @@
+"""Jobs: several at a time, stopped together, gone on with from checkpoints of the same arguments."""
+
+import json
+
+import pytest
+
+from peft_talora.jobs import Job, run_jobs
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = Path(flags["--output_dir"])
+if flags["--end"] == "wait":
+    time.sleep(60)
+if flags["--end"] == "diverge":
+    raise FloatingPointError("the loss")
+if flags["--end"] == "fail":
+    raise ValueError("no such thing")
+(folder / "results.json").write_text(json.dumps({"flags": flags}))
+"""
+
+
+@pytest.fixture
+def make_job(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+
+    def make(name, end="well", others=None, **arguments):
+        return Job(name, script, {"end": end, **arguments}, others or {}, tmp_path / name, "FloatingPointError")
+
+    return make
+
+
+def test_all_run_and_leave_results_until_they_are_discarded(make_job):
+    jobs = [make_job(name, seed=seed) for seed, name in enumerate("abc")]
+    seeds = set()
+    for job in run_jobs(jobs, 2):
+        seeds.add(job.results()["flags"]["--seed"])
+        job.discard()
+        assert not job.folder.exists()
+    assert seeds == {"0", "1", "2"}
+
+
+def test_a_failure_shows_its_end_and_ends_the_others(make_job):
+    with pytest.raises(RuntimeError, match=r"(?s)bad failed with exit code 1.*ValueError: no such thing"):
+        list(run_jobs([make_job("slow", "wait"), make_job("bad", "fail"), make_job("never")], 2))
+    assert not make_job("never").folder.exists()
+
+
+def test_an_accepted_error_is_an_outcome(make_job):
+    (job,) = run_jobs([make_job("high", "diverge")], 1)
+    assert job.failed_acceptably()
+    (job,) = run_jobs([make_job("low")], 1)
+    assert not job.failed_acceptably()
+
+
+def test_flags_say_what_the_arguments_are(make_job):
+    job = make_job("a", tasks=["depth=1", "edges=1"], base=None, augment=False, others={"num_threads": 2})
+    command = " ".join(job.command())
+    assert "--end well --tasks depth=1 edges=1 --augment False --num_threads 2 --output_dir" in command
+    assert "--base" not in command
+
+
+def test_a_checkpoint_of_the_same_arguments_is_gone_on_with(make_job):
+    job = make_job("a", seed=0)
+    assert "latest" not in job.command()
+    checkpoint = job.folder / "depth" / "checkpoint-3"  # of one of several tasks that are trained apart
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(json.dumps({}))
+    assert job.command()[-2:] == ["--resume_from_checkpoint", "latest"]
+    assert make_job("a", seed=0, others={"num_threads": 2}).command()[-1] == "latest"
+    assert "latest" not in make_job("a", seed=1).command()
+    assert not checkpoint.exists()
+
+
+def test_workers_are_at_least_one(make_job):
+    with pytest.raises(ValueError, match="`workers` is 0"):
+        list(run_jobs([make_job("a")], 0))
