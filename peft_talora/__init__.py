@@ -10,7 +10,7 @@ from .losses import IGNORE_INDEX
 from .metrics import delta_m
 from .msam import MSamConfig, MSamModel, MSamOutput
 from .plotting import draw_predictions
-from .small_sam import make_small_sam, save_small_sam
+from .small_sam import SMALL_SAM, make_small_sam, save_small_sam
 from .tasks import KINDS, Task, make_task
 from .tuner import TALoRAConfig, TALoRAModel, compress, orthogonality_loss, set_task, use_task
 from .version import __version__
@@ -18,6 +18,7 @@ from .version import __version__
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
+    "SMALL_SAM",
     "AugmentedDataset",
     "Collator",
     "FolderDataset",

@@ -1,8 +1,12 @@
-"""A small SAM with random weights: the base of recipes and tests where no pre-trained checkpoint is at hand."""
+"""A small SAM: a pre-trained checkpoint that lies in the package, and what has its shape but random weights.
+
+`checkpoints/small-sam/README.md` says how the checkpoint was made (`recipes/pretrain_sam.py`) and how good it is.
+"""
 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,12 +15,14 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from .files import write_aside
 
+SMALL_SAM = str(Path(__file__).parent / "checkpoints" / "small-sam")
+"""Folder of the pre-trained checkpoint: a stock SAM of 2.4 million parameters for images of 128 pixels."""
 PATCH_SIZE = 8
 WIDTH = 96
 
 
 def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
-    """A stock `SamModel` of 2.4 million parameters, whose embedding depends on the image.
+    """A stock `SamModel` of 2.4 million random parameters, whose embedding depends on the image.
 
     transformers starts a vision encoder at a standard deviation of 1e-10 and positions at zero, so that every image
     gets the same embedding. Here matrices keep the size of what they multiply (standard deviation 1/√fan-in), and
@@ -76,4 +82,11 @@ def save_small_sam(folder: str | Path, image_size: int = 128, seed: int = 0) -> 
     """Save `make_small_sam(image_size, seed)` as a stock SAM checkpoint. Returns the folder's path."""
     with write_aside(folder) as aside:
         make_small_sam(image_size, seed).save_pretrained(aside)
+    return str(folder)
+
+
+def copy_small_sam(folder: str | Path) -> str:
+    """Copy the pre-trained small SAM, so that an adapter's folder can hold its base. Returns the folder's path."""
+    with write_aside(folder) as aside:
+        shutil.copytree(SMALL_SAM, aside, dirs_exist_ok=True)
     return str(folder)

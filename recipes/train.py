@@ -23,7 +23,7 @@ from accelerate.utils import set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
-from peft_talora import checkpoint, data, engine, evaluation, hub, report, results
+from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
 from peft_talora.adapters import AdapterArguments
 from peft_talora.methods import Method, find_method
 
@@ -35,7 +35,7 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     output_dir: str = field(default="runs/train", metadata={"help": "Folder for all results."})
     base: str | None = field(
         default=None,
-        metadata={"help": "SAM checkpoint, Hub id or folder. None: a small random SAM, made on the spot."},
+        metadata={"help": "SAM checkpoint, Hub id or folder. None: the small SAM that comes with the package."},
     )
     tasks: list[str] = field(
         default_factory=lambda: ["segmentation", "depth", "normals"],
@@ -325,7 +325,7 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
     base = args.base or str(output_dir / "base")
     with accelerator.main_process_first():
         if args.base is None and not (output_dir / "base" / "model.safetensors").exists():
-            peft_talora.save_small_sam(base)
+            small_sam.copy_small_sam(base)
     tasks = engine.parse_tasks(args, args.tasks)
     model = peft_talora.MSamModel.from_pretrained(
         base, tasks=tasks, decoder_mode=args.decoder_mode, image_size=args.image_size
