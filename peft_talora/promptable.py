@@ -131,7 +131,9 @@ def _measure_image(model: SamModel, processor: BaseImageProcessor, sample: Mappi
     scale = image_size / max(size)
 
     def predict(**prompts) -> tuple[Tensor, Tensor]:
-        prompts = {name: value[None].to(model.device) if torch.is_tensor(value) else value for name, value in prompts.items()}
+        prompts = {
+            name: value[None].to(model.device) if torch.is_tensor(value) else value for name, value in prompts.items()
+        }
         output = model(image_embeddings=embeddings, **prompts)
         K, M = output.pred_masks.shape[1:3]
         logits = resize_logits(output.pred_masks.flatten(1, 2).cpu(), [size], image_size)

@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_talora import engine
-from peft_talora.benchmark_table import draw_table, make_table, to_markdown
-from peft_talora.files import write_aside, write_json
-from peft_talora.jobs import Job, run_jobs
-from peft_talora.protocols import PROTOCOLS, SYNTHETIC_3, Protocol, link_first_images
-from peft_talora.records import (
+from peft_talora.benchmark.jobs import Job, run_jobs
+from peft_talora.benchmark.protocols import PROTOCOLS, SYNTHETIC_3, Protocol, link_first_images
+from peft_talora.benchmark.records import (
     Record,
     check_record,
     describe_commit,
@@ -37,6 +35,8 @@ from peft_talora.records import (
     read_record,
     write_record,
 )
+from peft_talora.benchmark.table import draw_table, make_table, to_markdown
+from peft_talora.files import write_aside, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full-stl", "full-hps", "lora-stl", "lora-hps", "mtlora", "talora", "heads")

@@ -6,8 +6,8 @@
     python recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest \
         --compare rooms=runs/rooms --data_root camvid --ignored_class 11        # a finished run is only measured
 
-The checkpoint in `peft_talora/checkpoints/small-sam` was made by it. It writes a stock `SamModel` in half precision with its image
-processor, `pretraining.json` (how well it segments, beside baselines) and a card.
+The checkpoint in `peft_talora/checkpoints/small-sam` was made by it. It writes a stock `SamModel` in half precision with
+its image processor, `pretraining.json` (how well it segments, beside baselines) and a card.
 
 Axes: B images, P prompts of each, M masks of each prompt, H W pixels, h w SAM's low-resolution masks.
 """
@@ -29,8 +29,8 @@ from transformers import SamModel
 
 import peft_talora
 from peft_talora import checkpoint, data, engine, files, losses, promptable, small_sam
+from peft_talora.benchmark.records import describe_hardware
 from peft_talora.prompts import jitter_boxes, mask_boxes, mask_iou, random_points
-from peft_talora.records import describe_hardware
 
 PROMPTS = {"click": 0.3, "click, one mask": 0.1, "box": 0.35, "points": 0.15, "none": 0.1}  # share of the steps
 
@@ -47,7 +47,7 @@ class PretrainArguments:
     prompts: int = field(default=8, metadata={"help": "Prompts per image and step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
-    warmup_steps: int = field(default=200, metadata={"help": "Steps with a rising learning rate; it falls as a cosine."})
+    warmup_steps: int = field(default=200, metadata={"help": "Steps with a rising learning rate; then a cosine."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
     mixed_precision: str = field(default="bf16", metadata={"help": "'bf16' or 'no'."})
     seed: int = field(default=0, metadata={"help": "Of weights, images and prompts."})
@@ -185,7 +185,9 @@ def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.M
         if progress.step % args.save_steps == 0 or progress.step == args.max_steps:
             progress.seconds += time.perf_counter() - begun
             progress.history.append({"step": progress.step, "loss": sum(recent) / len(recent)})
-            accelerator.print(f"step {progress.step}: loss {progress.history[-1]['loss']:.4f}, {progress.seconds:.0f} s")
+            accelerator.print(
+                f"step {progress.step}: loss {progress.history[-1]['loss']:.4f}, {progress.seconds:.0f} s"
+            )
             checkpoint.save_checkpoint(accelerator, folder, progress, keep=1)
             recent, begun = [], time.perf_counter()
     bar.close()
@@ -254,7 +256,10 @@ def save_in_half_precision(model: SamModel, folder: Path) -> None:
 def figures_table(figures: dict[str, dict]) -> str:
     """Mean IoU as Markdown, by set of images and model."""
     columns = ("box", "click", "best of 3", "no prompt")
-    lines = ["| images | model | one box | one click | best of its 3 masks | no prompt |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| images | model | one box | one click | best of its 3 masks | no prompt |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for name, models in figures.items():
         for model, values in models.items():
             cells = [f"{values[column]:.3f}" if column in values else "" for column in columns]
@@ -262,10 +267,7 @@ def figures_table(figures: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def card(results: dict) -> str:
-    """The model card."""
-    training, arguments = results["training"], results["training"]["arguments"]
-    return f"""---
+CARD = """---
 library_name: transformers
 license: apache-2.0
 pipeline_tag: mask-generation
@@ -274,19 +276,31 @@ tags: [segment-anything, small, synthetic]
 
 # A small SAM
 
-A stock `SamModel` of {training["parameters"] / 1e6:.1f} million parameters for images of {arguments["image_size"]} pixels: a base to try
-methods on without downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` of `peft_talora` made it.
+A stock `SamModel` of {millions:.1f} million parameters for images of {image_size} pixels: a base to try methods on without
+downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` of `peft_talora` made it.
 
-- **Trained on** {training["images"]:,} generated images ({training["data"]}), each seen once, with {arguments["prompts"]} prompts each: points, boxes,
-  and none (which means the most prominent object). 20 · focal + Dice loss of the best mask, squared error of the
+- **Trained on** {images:,} generated images ({data}), each seen once, with {prompts} prompts each: points, boxes, and
+  none (which means the most prominent object). 20 · focal + Dice loss of the best mask, squared error of the
   predicted IoU. Prompts by masks were not trained.
-- **Cost**: {training["minutes"]:.0f} minutes on {training["hardware"]}; {arguments["mixed_precision"]}, batch {arguments["per_device_train_batch_size"]}, AdamW {arguments["learning_rate"]:g}, seed {arguments["seed"]}.
-- **Precision**: the weights are stored in half precision; the configuration reads them as float32.
+- **Cost**: {minutes:.0f} minutes on {hardware}; precision {mixed_precision}, {batch} images a step, AdamW with
+  a peak learning rate of {learning_rate:g}, seed {seed}.
+- **Stored** in half precision; the configuration has it read as float32.
 
 Mean IoU on held-out images; a box is the mask's own, a click its innermost point:
 
-{figures_table(results["figures"])}
+{table}
 """
+
+
+def card(results: dict) -> str:
+    """The model card."""
+    training = results["training"]
+    return CARD.format(
+        **{**training["arguments"], **training},
+        millions=training["parameters"] / 1e6,
+        batch=training["arguments"]["per_device_train_batch_size"],
+        table=figures_table(results["figures"]),
+    )
 
 
 if __name__ == "__main__":

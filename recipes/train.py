@@ -3,7 +3,7 @@
     accelerate launch recipes/train.py                                   # generated scenes, small SAM, any machine
     accelerate launch --num_processes 8 recipes/train.py --base facebook/sam-vit-base --data_root my_data ...
     accelerate launch recipes/train.py --config my.yaml                  # arguments from a file; flags win
-    accelerate launch recipes/train.py --method lora-hps                 # `peft_talora/methods.py` has the methods
+    accelerate launch recipes/train.py --method lora-hps                 # `peft_talora/methods` has the methods
 
 Everything lands in `--output_dir`: the adapter with its heads, `results.json`, `predictions.png`, a model card. The
 methods with an adapter per task, `lora-stl`, `full-stl` and `mtlora`, have a folder for each of them below it.
@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
 from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
-from peft_talora.adapters import AdapterArguments
-from peft_talora.methods import Method, find_method
+from peft_talora.methods import AdapterArguments, Method, find_method
 
 
 @dataclass

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peft_talora.adapters import AdapterArguments
-from peft_talora.benchmark_table import draw_table, make_table, relative_gain, to_markdown
+from peft_talora.benchmark.protocols import CAMVID_2, SYNTHETIC_3
+from peft_talora.benchmark.records import Record, check_record, read_comparable, read_record, write_record
+from peft_talora.benchmark.table import draw_table, make_table, relative_gain, to_markdown
 from peft_talora.engine import parse_arguments
 from peft_talora.methods import METHODS
-from peft_talora.protocols import CAMVID_2, SYNTHETIC_3
-from peft_talora.records import Record, check_record, read_comparable, read_record, write_record
+from peft_talora.methods.adapters import AdapterArguments
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "benchmark.py"
 # Two tasks with two figures each; the edges' loss is better where it is lower.

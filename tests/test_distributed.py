@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
 from peft_talora import MSamModel, TALoRAConfig, engine
-from peft_talora.adapters import AdapterArguments
 from peft_talora.methods import METHODS
+from peft_talora.methods.adapters import AdapterArguments
 
 TASKS = {"segmentation": 4, "depth": 1, "normals": 3}  # not in alphabetical order
 PROCESSES, BATCH = 2, 4  # of all processes together

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_talora.intervals import mean_interval, t_quantile
+from peft_talora.benchmark.intervals import mean_interval, t_quantile
 
 # Student's t, 97.5 %, from printed tables.
 PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 29: 2.045, 120: 1.980}

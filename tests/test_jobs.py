@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peft_talora.jobs import Job, run_jobs
+from peft_talora.benchmark.jobs import Job, run_jobs
 
 SCRIPT = """
 import json, sys, time

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import peft_talora
 from peft_talora import Collator, MSamModel, SyntheticScenes, engine, evaluation, hub, make_image_processor, mtlora
-from peft_talora.adapters import AdapterArguments
 from peft_talora.data import SYNTHETIC_TASKS
 from peft_talora.methods import METHODS, find_method
+from peft_talora.methods.adapters import AdapterArguments
 from peft_talora.results import count_parameters
 
 TASKS = {name: SYNTHETIC_TASKS[name] for name in ("segmentation", "depth", "normals")}

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from peft_talora import FolderDataset, SyntheticScenes
+from peft_talora.benchmark.protocols import CAMVID_2, PROTOCOLS, SYNTHETIC_3, SYNTHETIC_6, link_first_images
 from peft_talora.data import SYNTHETIC_TASKS
 from peft_talora.engine import parse_task
-from peft_talora.protocols import CAMVID_2, PROTOCOLS, SYNTHETIC_3, SYNTHETIC_6, link_first_images
 
 ALL = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -56,7 +56,7 @@ def test_a_test_split_named_val_chooses_nothing():
 
 
 def test_data_is_given_where_it_is_needed_and_nowhere_else():
-    with pytest.raises(ValueError, match=r"'camvid-2' needs `data_root`: .*train, val, test .*segmentation, edges"):
+    with pytest.raises(ValueError, match=r"'camvid-2' needs `data_root`: .*train, val .*segmentation, edges"):
         CAMVID_2.check_data_root(None)
     with pytest.raises(ValueError, match="generated"):
         SYNTHETIC_3.check_data_root("scenes")
@@ -83,17 +83,17 @@ def streets(tmp_path):
 
 def test_other_data_does_not_get_the_protocol_s_name(streets):
     dataset = FolderDataset(streets, "train", CAMVID_2.tasks, True, {"segmentation": 11})
-    small = replace(CAMVID_2, images={"train": 5, "val": 1, "test": 1}, image_size=(6, 8))
+    small = replace(CAMVID_2, images={"train": None, "val": 0, "test": 1}, image_size=(6, 8))
     small.check_split("train", dataset)
     with pytest.raises(ValueError, match="5 images; 'camvid-2' has 367"):
-        CAMVID_2.check_split("train", dataset)
+        replace(small, images={"train": 367, "val": 0, "test": 1}).check_split("train", dataset)
     with pytest.raises(ValueError, match=r"images of \(6, 8\); 'camvid-2' has \(360, 480\)"):
         replace(small, image_size=(360, 480)).check_split("train", dataset)
 
 
 def test_links_to_the_first_images_are_a_smaller_protocol(streets, tmp_path):
     for val, expected in ((1, 2), (0, 4)):  # where train.py holds out a tenth, there is more to hold out from
-        protocol = replace(CAMVID_2, images={"train": 5, "val": val, "test": 1})
+        protocol = replace(CAMVID_2, images={"train": 5, "val": val, "test": 1}, test_split="test")
         for _ in range(2):
             root = link_first_images(str(streets), tmp_path / "first", protocol, 2)
         samples = FolderDataset(root, "train", CAMVID_2.tasks, True, {"segmentation": 11})

@@ -119,7 +119,9 @@ class Canvas:
     def _frame(self, x, y, half, turn):
         """The window that can hold a shape, and its own coordinates there; None if it is out of sight."""
         reach = math.hypot(*half)
-        bounds = [(max(0, int((c - reach) * self.size)), min(self.size, int((c + reach) * self.size) + 1)) for c in (y, x)]
+        bounds = [
+            (max(0, int((c - reach) * self.size)), min(self.size, int((c + reach) * self.size) + 1)) for c in (y, x)
+        ]
         if any(low >= high for low, high in bounds):
             return None
         window = tuple(slice(*bound) for bound in bounds)
@@ -163,7 +165,9 @@ class Canvas:
 
     def masks(self) -> np.ndarray:
         """What can be seen of each object and part, bool (K, H, W); neither specks nor nearly the whole image."""
-        found = [self.objects == k for k in range(1, self.count + 1)] + [self.parts == k for k in range(1, self.count + 1)]
+        found = [self.objects == k for k in range(1, self.count + 1)] + [
+            self.parts == k for k in range(1, self.count + 1)
+        ]
         least, most = _LEAST_PIXELS * (self.size / 128) ** 2, _MOST * self.size**2
         kept = [mask for mask in found if least <= mask.sum() <= most]
         return np.stack(kept) if kept else np.empty((0, *self.objects.shape), dtype=bool)
@@ -206,7 +210,9 @@ def _land(canvas, random):
         foot = horizon + (1.05 - horizon) * depth
         half = _extents(random, size)
         shape = random.choice(SHAPES)(random)
-        canvas.add(shape, _cover(random), random.random(), foot - half[1], half, random.gauss(0, 0.1), random.choice((0, 1)))
+        canvas.add(
+            shape, _cover(random), random.random(), foot - half[1], half, random.gauss(0, 0.1), random.choice((0, 1))
+        )
 
 
 def _array(canvas, random):

@@ -40,7 +40,9 @@ def superellipse(random: Random) -> Field:
 def polygon(random: Random) -> Field:
     """A regular polygon of three to seven corners."""
     corners = random.randint(3, 7)
-    return _radial(lambda t: 1 / np.cos((t % (2 * math.pi / corners)) - math.pi / corners), 1 / math.cos(math.pi / corners))
+    return _radial(
+        lambda t: 1 / np.cos((t % (2 * math.pi / corners)) - math.pi / corners), 1 / math.cos(math.pi / corners)
+    )
 
 
 def star(random: Random) -> Field:

@@ -14,12 +14,12 @@ import torch
 from peft import PeftModel
 from transformers import SamImageProcessorPil
 
+from ..engine import TaskOrder, resolve_task_order
+from ..hub import save_adapter
+from ..msam import MSamModel
+from ..tuner import orthogonality_loss
 from . import mtlora
 from .adapters import AdapterArguments, add_lora, add_nothing, add_talora, unfreeze_encoder
-from .engine import TaskOrder, resolve_task_order
-from .hub import save_adapter
-from .msam import MSamModel
-from .tuner import orthogonality_loss
 
 Regularizer = Callable[[], torch.Tensor]
 

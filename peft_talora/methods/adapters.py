@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from .msam import MSamModel
-from .tuner import TALoRAConfig
-from .tuner.config import QKV_PARTS
-from .tuner.families import BLOCK_NORMS
+from ..msam import MSamModel
+from ..tuner import TALoRAConfig
+from ..tuner.config import QKV_PARTS
+from ..tuner.families import BLOCK_NORMS
 
 
 @dataclass

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .losses import IGNORE_INDEX
-from .tasks import Task, make_task
+from ..losses import IGNORE_INDEX
+from ..tasks import Task, make_task
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Protocol:
     Attributes:
         name: How results call it.
         tasks: What is predicted.
-        images: Images of the splits `train`, `val` and `test`; None is any number. Where `val` is 0, train.py holds out
-            a part of `train`.
+        images: Images of the splits `train`, `val` and `test`; None is any number. Where `val` is 0, train.py holds
+            out a part of `train`.
         num_train_epochs: Passes over the training images.
         batch_size: Images per step.
         source: Where it is from.

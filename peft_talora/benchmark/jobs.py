@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import write_aside, write_json
+from ..files import write_aside, write_json
 
 _ARGUMENTS_NAME = "benchmark.json"
 

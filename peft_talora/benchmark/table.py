@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..metrics import delta_m
+from ..plotting import draw_scatter
 from .intervals import mean_interval
-from .metrics import delta_m
-from .plotting import draw_scatter
 from .protocols import Protocol
 from .records import Record, by_name
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .files import write_aside, write_json
+from ..files import write_aside, write_json
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import SamImageProcessorPil
 
+from ..files import write_aside, write_json
+from ..hub import ADAPTER_FILES, MSAM_CONFIG_NAME, WEIGHTS_NAME, rebuild_config
+from ..msam import MSamModel
 from .adapters import AdapterArguments, lora_config, trained_modules
-from .files import write_aside, write_json
-from .hub import ADAPTER_FILES, MSAM_CONFIG_NAME, WEIGHTS_NAME, rebuild_config
-from .msam import MSamModel
 
 SHARED = "shared"
 
