@@ -6,8 +6,8 @@
     python recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest \
         --compare rooms=runs/rooms --data_root camvid --ignored_class 11        # a finished run is only measured
 
-The checkpoint in `peft_talora/checkpoints/small-sam` was made by it. It writes a stock `SamModel` in half precision with
-its image processor, `pretraining.json` (how well it segments, beside baselines) and a card.
+The checkpoint in `peft_talora/checkpoints/small-sam` was made by it. It writes a stock `SamModel` in half precision
+with its image processor, `pretraining.json` (how well it segments, beside baselines) and a card.
 
 Axes: B images, P prompts of each, M masks of each prompt, H W pixels, h w SAM's low-resolution masks.
 """
@@ -276,8 +276,8 @@ tags: [segment-anything, small, synthetic]
 
 # A small SAM
 
-A stock `SamModel` of {millions:.1f} million parameters for images of {image_size} pixels: a base to try methods on without
-downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` of `peft_talora` made it.
+A stock `SamModel` of {millions:.1f} million parameters for images of {image_size} pixels: a base to try methods on
+without downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` of `peft_talora` made it.
 
 - **Trained on** {images:,} generated images ({data}), each seen once, with {prompts} prompts each: points, boxes, and
   none (which means the most prominent object). 20 · focal + Dice loss of the best mask, squared error of the
