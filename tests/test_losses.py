@@ -10,6 +10,8 @@ from peft_talora.losses import (
     class_ids,
     cosine_loss,
     cross_entropy,
+    dice_loss,
+    focal_loss,
     foreground_probability,
     masked_l1,
     unit_vectors,
@@ -181,3 +183,68 @@ def test_two_channels_and_their_difference_tell_the_same_probability():
 def test_class_ids_are_the_argmax():
     logits = torch.randn(B, 7, H, W, generator=torch.Generator().manual_seed(0))
     assert torch.equal(class_ids(logits), logits.argmax(1))
+
+
+def make_masks(N=3):
+    """Logits of masks and the shares of pixels that they cover, among them 0 and 1."""
+    random = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, N, H, W, generator=random, dtype=torch.float64)
+    return logits, (targets + 0.5).clamp(0, 1)
+
+
+def test_focal_loss_by_hand():
+    """p = 3/4: −α (1 − p)² log p where the mask is, −(1 − α) p² log(1 − p) elsewhere; a mean of each mask."""
+    logits = torch.full((2, 1, 2), math.log(3))
+    targets = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]])
+    inside, outside = -0.25 * math.log(3 / 4) / 16, -0.75 * math.log(1 / 4) * 9 / 16
+    torch.testing.assert_close(focal_loss(logits, targets), torch.tensor([(inside + outside) / 2, inside]))
+    torch.testing.assert_close(
+        focal_loss(logits, targets, alpha=0.75), torch.tensor([(3 * inside + outside / 3) / 2, 3 * inside])
+    )
+    torch.testing.assert_close(focal_loss(logits, targets, gamma=1)[1], torch.tensor(4 * inside))
+
+
+def test_focal_loss_without_focus_is_half_of_cross_entropy():
+    logits, targets = make_masks()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((1, 2))
+    torch.testing.assert_close(focal_loss(logits, targets, alpha=0.5, gamma=0), expected / 2)
+
+
+def test_dice_loss_by_hand():
+    logits = torch.tensor([0.0, math.log(3), 0.0, math.log(3)]).view(1, 2, 2)  # probabilities 1/2 and 3/4
+    targets = torch.tensor([1.0, 1.0, 0.0, 0.5]).view(1, 2, 2)
+    overlap, sums = 1 / 2 + 3 / 4 + 3 / 8, 2.5 + 2.5
+    torch.testing.assert_close(dice_loss(logits, targets), torch.tensor([1 - (2 * overlap + 1) / (sums + 1)]))
+
+
+@pytest.mark.parametrize("loss", [focal_loss, dice_loss])
+def test_mask_losses_end_at_0_and_stay_finite(loss):
+    targets = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    right = 200 * (2 * targets - 1)
+    torch.testing.assert_close(loss(right, targets), torch.zeros(2))
+    wrong = loss((-right).requires_grad_(), targets)
+    assert wrong.isfinite().all()
+    assert (wrong > 0.5).all()
+    if loss is dice_loss:
+        assert (wrong <= 1).all()
+
+
+@pytest.mark.parametrize("loss", [focal_loss, dice_loss])
+def test_gradient_of_mask_losses_is_that_of_their_values(loss):
+    logits, targets = make_masks()
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("loss", [focal_loss, dice_loss])
+def test_each_mask_has_its_own_loss_in_float32_or_wider(loss):
+    logits, targets = make_masks()
+    together = loss(logits, targets)
+    assert together.dtype == torch.float64
+    torch.testing.assert_close(
+        together, torch.cat([loss(a[None], b[None]) for a, b in zip(logits, targets, strict=True)])
+    )
+    deep = loss(logits[:, None].expand(-1, 2, -1, -1), targets[:, None].expand(-1, 2, -1, -1))  # leading axes stay
+    torch.testing.assert_close(deep, together[:, None].expand(-1, 2))
+    half = loss(logits.bfloat16(), targets.bfloat16())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), together, atol=1e-2, rtol=1e-2)
