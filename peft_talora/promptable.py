@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, SamModel
 
 from .data import FolderDataset, SyntheticScenes, make_image_processor
-from .data.synthetic import CLASSES, render
+from .data.scene import CLASSES, compose
+from .data.synthetic import render
 from .losses import IGNORE_INDEX
 from .prompts import central_points, mask_boxes, mask_iou, regions
 from .resize import resize_logits
@@ -31,7 +32,7 @@ class RoomMasks(SyntheticScenes):
 
     def __getitem__(self, index: int) -> dict:
         random = self._random(index)
-        scene = self.scene(index)
+        scene = compose(random, self.size)
         image, labels = render(scene, np.random.default_rng(random.getrandbits(64)))
         objects, parts, classes = labels["objects"], labels["parts"], labels["segmentation"]
         found = [objects == k for k in range(1, scene.objects + 1)]
@@ -105,6 +106,9 @@ def measure(models: Mapping[str, SamModel], scenes: Dataset) -> dict[str, dict]:
     Returns:
         name → figure → value in [0, 1]; beside the models stands ``"box filled"``, the box as the mask. ``masks`` is
         the number of masks.
+
+    Raises:
+        ValueError: If no image has a mask.
     """
     processors = {name: make_image_processor(model.config.vision_config.image_size) for name, model in models.items()}
     found = {name: [] for name in models}
@@ -117,6 +121,8 @@ def measure(models: Mapping[str, SamModel], scenes: Dataset) -> dict[str, dict]:
             found[name].append(_measure_image(model, processors[name], sample))
         filled.append(mask_iou(_fill(mask_boxes(sample["masks"]), sample["masks"].shape[1:]), sample["masks"]))
         classes += sample.get("classes", [])
+    if not filled:
+        raise ValueError(f"`scenes`: none of the {len(scenes)} images has a mask; needed is one at least.")
     results = {name: _pool(rows, classes) for name, rows in found.items()}
     return {**results, "box filled": _pool([{"box": iou} for iou in filled], classes)}
 
