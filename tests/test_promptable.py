@@ -145,7 +145,7 @@ def test_figures_by_class_are_means_of_their_masks():
 
 
 def test_without_any_mask_there_is_nothing_to_measure(sam):
-    with pytest.raises(ValueError, match="no mask"):
+    with pytest.raises(ValueError, match="none of the 2 images has a mask"):
         measure({"a": sam}, Scenes(NONE, NONE))
 
 
