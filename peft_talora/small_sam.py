@@ -25,8 +25,10 @@ def make_small_sam(image_size: int = 128, seed: int = 0) -> SamModel:
     """A stock `SamModel` of 2.4 million random parameters, whose embedding depends on the image.
 
     transformers starts a vision encoder at a standard deviation of 1e-10 and positions at zero, so that every image
-    gets the same embedding. Here matrices keep the size of what they multiply (standard deviation 1/√fan-in), and
-    positions are small random vectors.
+    gets the same embedding, and draws the frequencies of points some 80 times too high, so that points a pixel apart
+    have nothing in common and no prompt can be learned. Here matrices keep the size of what they multiply (standard
+    deviation 1/√fan-in), positions are small random vectors, and frequencies, tokens and the embeddings of prompts
+    are N(0, 1), as in SAM's own code.
 
     Args:
         image_size: Input size in pixels, a multiple of 8.
@@ -75,7 +77,10 @@ def _redraw(model: SamModel) -> None:
             if isinstance(module, nn.ConvTranspose2d):
                 fan_in = module.weight.shape[0]
             nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in))
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
     nn.init.normal_(model.vision_encoder.pos_embed, std=0.2)
+    nn.init.normal_(model.shared_image_embedding.positional_embedding)
 
 
 def save_small_sam(folder: str | Path, image_size: int = 128, seed: int = 0) -> str:

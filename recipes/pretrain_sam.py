@@ -42,8 +42,8 @@ class PretrainArguments:
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the result."})
     data: str = field(default="objects", metadata={"help": "'objects' (ObjectScenes) or 'rooms' (SyntheticScenes)."})
     image_size: int = field(default=128, metadata={"help": "Side of the images in pixels, a multiple of 32."})
-    max_steps: int = field(default=4800, metadata={"help": "Optimiser steps; no image is seen twice."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per step and process."})
+    max_steps: int = field(default=6000, metadata={"help": "Optimiser steps; no image is seen twice."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per step and process."})
     prompts: int = field(default=8, metadata={"help": "Prompts per image and step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
@@ -159,7 +159,9 @@ def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.M
     """Take all steps that are left. Returns the prepared model and how the training went."""
     model = small_sam.make_small_sam(args.image_size, args.seed)
     model.set_attn_implementation("eager")  # on a CPU a third faster than fused kernels at so few tokens
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    model.shared_image_embedding.positional_embedding.requires_grad_(False)  # a constant in SAM's own code
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(
         optimizer, args.warmup_steps * accelerator.num_processes, args.max_steps * accelerator.num_processes
     )
