@@ -33,6 +33,7 @@ from peft_talora.benchmark.records import describe_hardware
 from peft_talora.prompts import jitter_boxes, mask_boxes, mask_iou, random_points
 
 PROMPTS = {"click": 0.3, "click, one mask": 0.1, "box": 0.35, "points": 0.15, "none": 0.1}  # share of the steps
+OWN = ("pre-trained", "untrained", "box filled")  # names in the table of figures that `compare` cannot have
 
 
 @dataclass
@@ -88,12 +89,12 @@ class MaskTargets(Dataset):
         }
 
 
-def make_scenes(kind: str, split: str, num_images: int, size: int) -> Dataset:
-    """The images to learn from, or held-out ones."""
+def make_scenes(kind: str, split: str, num_images: int, size: int, seed: int = 0) -> Dataset:
+    """The images to learn from, or held-out ones, which are those of seed 0 for every run."""
     kinds = {"objects": data.ObjectScenes, "rooms": promptable.RoomMasks}
     if kind not in kinds:
         raise ValueError(f"`data` is {kind!r}; allowed: {', '.join(kinds)}")
-    return kinds[kind](split, num_images, size)
+    return kinds[kind](split, num_images, size, seed)
 
 
 def draw_prompts(masks_BPHW: torch.Tensor, kind: str, generator: torch.Generator) -> dict:
@@ -142,6 +143,7 @@ def step_loss(model: torch.nn.Module, batch: dict, step: int, seed: int) -> torc
 def main() -> None:
     """Train, measure, write."""
     args = engine.parse_arguments(PretrainArguments)
+    check(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         # A step's prompts use some of the prompt encoder only.
@@ -151,8 +153,42 @@ def main() -> None:
     set_seed(args.seed)
     model, progress = train(args, accelerator)
     if accelerator.is_main_process:
-        report(args, accelerator, extract_model_from_parallel(model), progress)
+        # Without the wrapper of mixed precision: it is measured in float32, as it will be used.
+        report(args, accelerator, extract_model_from_parallel(model, keep_fp32_wrapper=False), progress)
     accelerator.end_training()
+
+
+def check(args: PretrainArguments) -> None:
+    """Raise ValueError for what would fail later: at a checkpoint, or when the finished run is measured."""
+    for name in ("max_steps", "per_device_train_batch_size", "prompts", "save_steps", "test_images"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
+    make_scenes(args.data, "train", 1, args.image_size)
+    compared_folders(args)
+    held_out(args)
+
+
+def compared_folders(args: PretrainArguments) -> dict[str, str]:
+    """The folders of `compare` by name."""
+    folders = {}
+    for entry in args.compare:
+        name, _, folder = entry.partition("=")
+        if not (name and folder):
+            raise ValueError(f"`compare` has {entry!r}; write name=folder.")
+        if name in (*OWN, *folders):
+            raise ValueError(f"`compare` has the name {name!r}; allowed: each once, and none of {', '.join(OWN)}.")
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"`compare`: {folder} is no checkpoint; it has no config.json.")
+        folders[name] = folder
+    return folders
+
+
+def held_out(args: PretrainArguments) -> dict[str, Dataset]:
+    """The sets of images to measure on."""
+    sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in ("objects", "rooms")}
+    if args.data_root is not None:
+        sets["real"] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
+    return sets
 
 
 def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.Module, checkpoint.Progress]:
@@ -206,7 +242,8 @@ def deciding_arguments(args: PretrainArguments) -> dict:
 def batches_from(args: PretrainArguments, accelerator: Accelerator, step: int) -> Iterator[dict]:
     """The batches of the steps that are left, each image once."""
     batch_size = args.per_device_train_batch_size * accelerator.num_processes
-    targets = MaskTargets(make_scenes(args.data, "train", args.max_steps * batch_size, args.image_size), args.prompts)
+    scenes = make_scenes(args.data, "train", args.max_steps * batch_size, args.image_size, args.seed)
+    targets = MaskTargets(scenes, args.prompts)
     left = Subset(targets, range(step * batch_size, len(targets)))
     loader = DataLoader(
         left, args.per_device_train_batch_size, num_workers=args.dataloader_num_workers, pin_memory=False
@@ -218,15 +255,11 @@ def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, p
     """Measure the model and its baselines on held-out images; write checkpoint, figures and card."""
     model = model.half().float().eval()  # as it will be read again
     models = {"pre-trained": model, "untrained": small_sam.make_small_sam(args.image_size, args.seed)}
-    for entry in args.compare:
-        name, _, folder = entry.partition("=")
+    for name, folder in compared_folders(args).items():
         models[name] = SamModel.from_pretrained(folder, dtype=torch.float32).eval()
     models = {name: model.to(accelerator.device) for name, model in models.items()}
-    sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in ("objects", "rooms")}
-    if args.data_root is not None:
-        sets["real"] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
     results = {
-        "figures": {name: promptable.measure(models, scenes) for name, scenes in sets.items()},
+        "figures": {name: promptable.measure(models, scenes) for name, scenes in held_out(args).items()},
         "training": {
             "data": args.data,
             "images": args.max_steps * args.per_device_train_batch_size * accelerator.num_processes,
