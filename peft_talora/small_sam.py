@@ -93,5 +93,6 @@ def save_small_sam(folder: str | Path, image_size: int = 128, seed: int = 0) -> 
 def copy_small_sam(folder: str | Path) -> str:
     """Copy the pre-trained small SAM, so that an adapter's folder can hold its base. Returns the folder's path."""
     with write_aside(folder) as aside:
-        shutil.copytree(SMALL_SAM, aside, dirs_exist_ok=True)
+        for file in Path(SMALL_SAM).iterdir():
+            shutil.copyfile(file, aside / file.name)  # not its mode: an installed package may be read-only
     return str(folder)
