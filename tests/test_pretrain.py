@@ -152,11 +152,11 @@ def test_the_loss_by_hand():
     logits = torch.full((1, 1, 1, 1, 2), math.log(3))
     targets = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
     targets[..., :2] = True
-    focal = (-0.25 * math.log(3 / 4) / 16 - 0.75 * math.log(1 / 4) * 9 / 16) / 2
+    focal = (-math.log(3 / 4) / 16 - math.log(1 / 4) * 9 / 16) / 2 / 2
     dice = 1 - (2 * 3 / 4 + 1) / (3 / 2 + 1 + 1)
     rating = (0.8 - 1 / 2) ** 2  # both pixels are predicted, one is right
     loss = pretrain.mask_loss(logits, torch.full((1, 1, 1), 0.8), targets)
-    torch.testing.assert_close(loss.item(), 20 * focal + dice + rating, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss.item(), 5 * focal + 2 * dice + rating, atol=1e-6, rtol=1e-5)
 
 
 def test_the_best_of_the_masks_alone_is_drawn_to_the_target():
