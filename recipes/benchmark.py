@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full-stl", "full-hps", "lora-stl", "lora-hps", "mtlora", "talora", "heads")
 BASELINES = {"delta_m": "full-stl", "delta_m_vs_lora_stl": "lora-stl"}
 STAGES = ("learning_rates", "runs", "cost", "table")
-DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is not a number
+DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is no finite number
 TUNING_SEED = 100  # of the learning rates' choice; no table has a run with it
 
 
@@ -239,9 +239,11 @@ def choose_learning_rates(benchmark: Benchmark) -> dict[str, float]:
 
 def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
     """Train each method with each learning rate; what is written as learning-rates.json, with the `known` methods."""
-    settings, rates = benchmark.settings(SYNTHETIC_3), sorted(benchmark.args.learning_rates)
-    wanted = {}
-    for method, rate in ((method, rate) for method in methods for rate in rates):
+    settings, wanted = benchmark.settings(SYNTHETIC_3), {}
+    # Rates of earlier searches count too, so that one method's can be widened alone.
+    tried = {method: known.get(method, {}).get("validation_loss", {}) for method in methods}
+    grids = {method: sorted({*benchmark.args.learning_rates, *map(float, tried[method])}) for method in methods}
+    for method, rate in ((name, rate) for name, rates in grids.items() for rate in rates):
         choices = {"method": method, "seed": TUNING_SEED, "learning_rate": rate}
         name = f"{method}-{rate:g}-seed{TUNING_SEED}"
         job = benchmark.job(f"learning-rates/{name}", SYNTHETIC_3, {**settings, **choices}, accepted_error=DIVERGED)
@@ -249,7 +251,7 @@ def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> 
         wanted[method, rate] = Wanted(method, file, choices, job)
     run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()))
     table = dict(known)
-    for method in methods:
+    for method, rates in grids.items():
         losses = {rate: read_record(wanted[method, rate].file).validation_loss for rate in rates}
         best = min(losses, key=losses.get)
         if math.isinf(losses[best]):
@@ -258,7 +260,7 @@ def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> 
         table[method] = {"learning_rate": best, "at_border": at_border, "validation_loss": losses}
         print(f"{method}: learning rate {best:g}, validation losses {losses}")
         if at_border:
-            print(f"WARNING: {best:g} is at the border of the learning rates tried for {method}.")
+            print(f"WARNING: {best:g} is at the border of the learning rates tried for {method}: give more of them.")
     return {"protocol": SYNTHETIC_3.name, "seed": TUNING_SEED, "settings": settings, "methods": table}
 
 
@@ -348,6 +350,24 @@ def measure_cost(benchmark: Benchmark) -> None:
         write_json(aside / file.name, costs)
 
 
+def rate_notes(benchmark: Benchmark, records: list[Record]) -> list[str]:
+    """What a reader must know of the records' learning rates."""
+    file, notes = benchmark.output / "learning-rates.json", []
+    if benchmark.args.ablation:
+        notes.append("All variants have the learning rate that was chosen for talora itself.")
+    if not file.exists():
+        return notes
+    chosen, used = json.loads(file.read_text())["methods"], {}
+    for record in records:
+        used[record.choices["method"]] = record.choices["learning_rate"]
+    for method, rate in used.items():
+        found = chosen.get(method, {})
+        if found.get("at_border") and found["learning_rate"] == rate:
+            tried = ", ".join(f"{float(text):g}" for text in found["validation_loss"])
+            notes.append(f"The learning rate of {method}, {rate:g}, is at the border of those tried: {tried}.")
+    return notes
+
+
 def write_tables(benchmark: Benchmark) -> None:
     """JSON, Markdown and picture of all records there are of the protocol."""
     protocol, ablation = benchmark.protocol, bool(benchmark.args.ablation)
@@ -361,6 +381,7 @@ def write_tables(benchmark: Benchmark) -> None:
     if costs is not None and costs["settings"] != records[0].settings:
         raise ValueError(f"{benchmark.cost_file} is of other settings than the records: run the stage `cost` again.")
     table = make_table(protocol, records, {"delta_m_vs_talora": "talora"} if ablation else BASELINES, costs)
+    table["notes"] += rate_notes(benchmark, records)
     name = f"ablations-{protocol.name}" if ablation else protocol.name
     title = f"{protocol.name}, talora and variants of it" if ablation else protocol.name
     with write_aside(benchmark.output) as aside:

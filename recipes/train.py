@@ -227,8 +227,8 @@ def validate(run: Run) -> None:
         raise ValueError(
             f"none of the {len(run.val_set)} validation images has a label, so no checkpoint can be chosen"
         )
-    if math.isnan(loss):
-        raise FloatingPointError(f"the validation loss at step {step} is not a number: lower `learning_rate`")
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the validation loss at step {step} is {loss}: lower `learning_rate`")
     if run.progress.note_validation(metrics, losses):
         checkpoint.save_best(run.accelerator, run.model, run.output_dir)
 

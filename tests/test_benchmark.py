@@ -239,6 +239,20 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss(recipe, build, 
     assert "WARNING: 0.003 is at the border" in capsys.readouterr().out
 
 
+def test_learning_rates_of_earlier_searches_count_and_a_border_is_noted(recipe, build):
+    benchmark = write_tuning(build, {3e-4: 1.0, 1e-3: 1.5, 3e-3: 2.0})
+    recipe.choose_learning_rates(benchmark)
+    used = {"method": "talora", "seed": 0, "learning_rate": 3e-4}
+    records = [record("talora", 0, (1, 1, 1, 1), choices=used)]
+    assert recipe.rate_notes(benchmark, records) == [
+        "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003."
+    ]
+    wider = write_tuning(build, {1e-4: 0.5, 3e-5: 0.7}, "--learning_rates", 3e-5, 1e-4)
+    assert recipe.choose_learning_rates(wider) == {"talora": 1e-4}
+    assert recipe.choose_learning_rates(benchmark) == {"talora": 1e-4}, "the earlier grid does not lose it"
+    assert recipe.rate_notes(benchmark, records) == []
+
+
 def test_learning_rates_are_kept_for_other_protocols_and_not_for_other_bases(recipe, build):
     recipe.choose_learning_rates(write_tuning(build, {3e-4: 2.0, 1e-3: 1.5, 3e-3: 3.0}))
     other = ["--protocol", "synthetic-6", "--num_images", 16, "--methods", "talora"]
