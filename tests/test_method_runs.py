@@ -174,6 +174,12 @@ def test_tasks_see_the_same_images_where_labels_are_missing(method, arguments, t
         assert figures[task] == pytest.approx(results["after"][task], rel=1e-2)
 
 
+@pytest.mark.parametrize("rate", [1e19, 1e30])
+def test_a_loss_that_is_no_finite_number_ends_the_run(rate, arguments, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the validation loss at step 3 is (nan|inf): lower `learning_rate`"):
+        train(arguments, "heads", ["depth"], tmp_path, "--learning_rate", rate, "--warmup_ratio", 0)
+
+
 def test_the_measurement_before_training_can_be_left_out(arguments, tmp_path):
     train(arguments, "heads", ["depth"], tmp_path, "--measure_before", "False", "--num_train_epochs", 1)
     assert read_results(tmp_path)["before"] == {}
