@@ -31,12 +31,14 @@ from peft_talora.benchmark.records import (
     check_record,
     describe_commit,
     describe_hardware,
+    describe_weights,
     read_comparable,
     read_record,
     write_record,
 )
 from peft_talora.benchmark.table import draw_table, make_table, to_markdown
 from peft_talora.files import write_aside, write_json
+from peft_talora.small_sam import SMALL_SAM
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full-stl", "full-hps", "lora-stl", "lora-hps", "mtlora", "talora", "heads")
@@ -134,7 +136,8 @@ class Benchmark:
             names = ("num_images", "num_train_epochs", "per_device_train_batch_size", "image_size")
             shared |= {name: getattr(self.args, name) for name in names if getattr(self.args, name) is not None}
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        return {**shared, "base": self.args.base, "mixed_precision": precision}
+        weights = describe_weights(self.args.base or SMALL_SAM)
+        return {**shared, "base": self.args.base, "base_weights": weights, "mixed_precision": precision}
 
     def job(self, folder: str, protocol: Protocol, arguments: dict, others: Mapping | None = None, **fields) -> Job:
         """A run of train.py; `others` are arguments that decide nothing."""
@@ -144,8 +147,8 @@ class Benchmark:
         return Job(
             name=f"{protocol.name}/{folder}",
             script=ROOT / "recipes" / "train.py",
-            # The precision comes with the environment.
-            arguments={name: value for name, value in arguments.items() if name != "mixed_precision"},
+            # The precision comes with the environment, the weights with the base.
+            arguments={k: v for k, v in arguments.items() if k not in ("mixed_precision", "base_weights")},
             others={**common, **(others or {})},
             folder=Path(self.args.work_dir) / protocol.name / folder,
             **fields,
@@ -224,7 +227,7 @@ def choose_learning_rates(benchmark: Benchmark) -> dict[str, float]:
     if file.exists():
         chosen = json.loads(file.read_text())
         # For another protocol, what was chosen on synthetic-3 is taken as it is, but only for the same base.
-        names = settings if benchmark.protocol is SYNTHETIC_3 else ["base"]
+        names = settings if benchmark.protocol is SYNTHETIC_3 else ["base", "base_weights"]
         if differing := [name for name in names if chosen["settings"].get(name) != settings[name]]:
             raise ValueError(f"{file} is of runs with other {', '.join(differing)}: delete it, or give the same.")
     wanted = methods if benchmark.protocol is SYNTHETIC_3 else methods - chosen["methods"].keys()

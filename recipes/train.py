@@ -323,7 +323,9 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
     """An mSAM on the base checkpoint."""
     base = args.base or str(output_dir / "base")
     with accelerator.main_process_first():
-        if args.base is None and not (output_dir / "base" / "model.safetensors").exists():
+        # A run that goes on keeps its base; what another run left is not this one's.
+        kept = args.resume_from_checkpoint is not None and (output_dir / "base" / "model.safetensors").exists()
+        if args.base is None and not kept:
             small_sam.copy_small_sam(base)
     tasks = engine.parse_tasks(args, args.tasks)
     model = peft_talora.MSamModel.from_pretrained(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 from PIL import Image
 
 from peft_talora.benchmark.protocols import CAMVID_2, SYNTHETIC_3
-from peft_talora.benchmark.records import Record, check_record, read_comparable, read_record, write_record
+from peft_talora.benchmark.records import (
+    Record,
+    check_record,
+    describe_weights,
+    read_comparable,
+    read_record,
+    write_record,
+)
 from peft_talora.benchmark.table import draw_table, make_table, relative_gain, to_markdown
 from peft_talora.engine import parse_arguments
 from peft_talora.methods import METHODS
@@ -151,6 +159,21 @@ def test_a_record_of_other_settings_is_refused(tmp_path):
         check_record(file, SETTINGS, {**OURS[0].choices, "learning_rate": 3e-3})
 
 
+def test_other_weights_of_a_base_of_the_same_name_are_another_setting(build, tmp_path, sam_folder):
+    base = shutil.copytree(sam_folder, tmp_path / "base")
+    benchmark = build("--base", base)
+    settings = benchmark.settings(SYNTHETIC_3)
+    assert settings == build("--base", base).settings(SYNTHETIC_3)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert describe_weights(str(base)) != settings["base_weights"]
+    write_record(tmp_path / "talora-seed0.json", replace(OURS[0], settings=settings))
+    with pytest.raises(ValueError, match=r"is of a run with base_weights="):
+        check_record(tmp_path / "talora-seed0.json", benchmark.settings(SYNTHETIC_3), OURS[0].choices)
+    assert describe_weights("facebook/sam-vit-base") is None
+    assert "--base_weights" not in benchmark.job("a", SYNTHETIC_3, settings).command()
+
+
 def test_records_that_are_not_comparable_do_not_share_a_table(tmp_path):
     files = [tmp_path / f"talora-seed{seed}.json" for seed in (0, 1)]
     for file, one in zip(files, OURS, strict=True):
@@ -259,7 +282,7 @@ def test_learning_rates_are_kept_for_other_protocols_and_not_for_other_bases(rec
     assert recipe.choose_learning_rates(build(*other)) == {"talora": 1e-3}
     with pytest.raises(ValueError, match="no learning rate of heads: run the stage"):
         recipe.choose_learning_rates(build(*other, "heads", "--stages", "runs"))
-    with pytest.raises(ValueError, match="with other base"):
+    with pytest.raises(ValueError, match="with other base, base_weights"):
         recipe.choose_learning_rates(build("--base", "another", *other))
     with pytest.raises(ValueError, match="with other num_images"):
         recipe.choose_learning_rates(build("--methods", "talora", "--num_images", 16))
