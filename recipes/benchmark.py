@@ -360,14 +360,18 @@ def rate_notes(benchmark: Benchmark, records: list[Record]) -> list[str]:
         notes.append("All variants have the learning rate that was chosen for talora itself.")
     if not file.exists():
         return notes
-    chosen, used = json.loads(file.read_text())["methods"], {}
-    for record in records:
-        used[record.choices["method"]] = record.choices["learning_rate"]
-    for method, rate in used.items():
-        found = chosen.get(method, {})
-        if found.get("at_border") and found["learning_rate"] == rate:
-            tried = ", ".join(f"{float(text):g}" for text in found["validation_loss"])
-            notes.append(f"The learning rate of {method}, {rate:g}, is at the border of those tried: {tried}.")
+    used = {record.choices["method"]: record.choices["learning_rate"] for record in records}
+    chosen = json.loads(file.read_text())["methods"]
+    chosen = {m: found for m, found in chosen.items() if used.get(m) == found["learning_rate"]}
+    if chosen:
+        notes.append(
+            f"Learning rates are those of the lowest validation loss on {SYNTHETIC_3.name}, one for all tasks of a "
+            "method."
+        )
+    for method, found in chosen.items():
+        if found["at_border"]:
+            tried = ", ".join(f"{float(rate):g}" for rate in found["validation_loss"])
+            notes.append(f"The learning rate of {method}, {used[method]:g}, is at the border of those tried: {tried}.")
     return notes
 
 

@@ -123,7 +123,7 @@ def test_seeds_that_the_baseline_lacks_are_left_out_of_its_gain_and_said_so():
 
 def test_the_markdown_has_a_row_per_method_and_all_figures():
     text = to_markdown(make_table(PROTOCOL, [*STL, *OURS], BASELINES), PROTOCOL, "camvid-2")
-    assert "| talora | 0.001 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,230 | 5,000 |" in text
+    assert "| talora | 0.001 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |" in text
     assert "segmentation miou ↑" in text
     assert "step (ms)" not in text, "not measured"
     assert text.count("| full-stl |") == 3
@@ -267,13 +267,17 @@ def test_learning_rates_of_earlier_searches_count_and_a_border_is_noted(recipe, 
     recipe.choose_learning_rates(benchmark)
     used = {"method": "talora", "seed": 0, "learning_rate": 3e-4}
     records = [record("talora", 0, (1, 1, 1, 1), choices=used)]
+    where = "Learning rates are those of the lowest validation loss on synthetic-3, one for all tasks of a method."
     assert recipe.rate_notes(benchmark, records) == [
+        where,
         "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003."
     ]
     wider = write_tuning(build, {1e-4: 0.5, 3e-5: 0.7}, "--learning_rates", 3e-5, 1e-4)
     assert recipe.choose_learning_rates(wider) == {"talora": 1e-4}
     assert recipe.choose_learning_rates(benchmark) == {"talora": 1e-4}, "the earlier grid does not lose it"
-    assert recipe.rate_notes(benchmark, records) == []
+    assert recipe.rate_notes(benchmark, records) == [], "the records have another rate"
+    records = [replace(records[0], choices={**used, "learning_rate": 1e-4})]
+    assert recipe.rate_notes(benchmark, records) == [where]
 
 
 def test_learning_rates_are_kept_for_other_protocols_and_not_for_other_bases(recipe, build):
