@@ -160,8 +160,8 @@ def _introduction(table: Table, protocol: Protocol) -> str:
         "means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
         "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
         "same seed. Trained parameters: *adapter* of the low-rank updates, *encoder* of layer norms or of the whole "
-        "encoder, *heads*; with `-stl`, of the runs of all tasks. *step* and *peak*: each method's median over short runs "
-        "of train.py, one at a time; on a CPU, peak is the whole process's."
+        "encoder, *heads*; with `-stl`, of the runs of all tasks. *step* and *peak*: each method's median over short "
+        "runs of train.py, one at a time; on a CPU, peak is the whole process's."
     )
 
 
