@@ -270,7 +270,7 @@ def test_learning_rates_of_earlier_searches_count_and_a_border_is_noted(recipe, 
     where = "Learning rates are those of the lowest validation loss on synthetic-3, one for all tasks of a method."
     assert recipe.rate_notes(benchmark, records) == [
         where,
-        "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003."
+        "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003.",
     ]
     wider = write_tuning(build, {1e-4: 0.5, 3e-5: 0.7}, "--learning_rates", 3e-5, 1e-4)
     assert recipe.choose_learning_rates(wider) == {"talora": 1e-4}
