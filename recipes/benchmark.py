@@ -381,7 +381,10 @@ def write_tables(benchmark: Benchmark) -> None:
     order = ["talora", *ablations(len(protocol.tasks))] if ablation else METHODS
     files = sorted(benchmark.records.glob("talora-seed*.json" if ablation else "*-seed*.json"))
     files += sorted((benchmark.records / "ablations").glob("*-seed*.json")) if ablation else []
-    records = sorted(read_comparable(files), key=lambda record: (order.index(record.name), record.seed))
+    records = read_comparable(files)
+    if unknown := sorted({record.name for record in records} - set(order)):
+        raise ValueError(f"{benchmark.records} has records of {', '.join(unknown)}; allowed: {', '.join(order)}.")
+    records = sorted(records, key=lambda record: (order.index(record.name), record.seed))
     costs = json.loads(benchmark.cost_file.read_text()) if benchmark.cost_file.exists() else None
     if not records:
         raise ValueError(f"{benchmark.records} has no records: run the stage `runs` first.")

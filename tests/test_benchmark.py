@@ -305,6 +305,13 @@ def test_wrong_arguments_are_refused_at_once(build):
             build(*arguments)
 
 
+def test_records_of_unknown_names_make_no_table(recipe, build):
+    benchmark = build("--stages", "table")
+    write_record(benchmark.record_file("retired", 0), replace(OURS[0], name="retired"))
+    with pytest.raises(ValueError, match="has records of retired; allowed: full-stl"):
+        recipe.write_tables(benchmark)
+
+
 def test_ablations_share_talora_s_own_runs_with_the_methods(build):
     methods, variants = build("--methods", "talora"), build("--ablation", "r-4", "norms-frozen")
     assert list(variants.variants) == ["talora", "r-4", "norms-frozen"]
