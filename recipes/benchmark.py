@@ -31,18 +31,20 @@ from peft_talora.benchmark.records import (
     check_record,
     describe_commit,
     describe_hardware,
+    describe_weights,
     read_comparable,
     read_record,
     write_record,
 )
 from peft_talora.benchmark.table import draw_table, make_table, to_markdown
 from peft_talora.files import write_aside, write_json
+from peft_talora.small_sam import SMALL_SAM
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full-stl", "full-hps", "lora-stl", "lora-hps", "mtlora", "talora", "heads")
 BASELINES = {"delta_m": "full-stl", "delta_m_vs_lora_stl": "lora-stl"}
 STAGES = ("learning_rates", "runs", "cost", "table")
-DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is not a number
+DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is no finite number
 TUNING_SEED = 100  # of the learning rates' choice; no table has a run with it
 
 
@@ -134,7 +136,8 @@ class Benchmark:
             names = ("num_images", "num_train_epochs", "per_device_train_batch_size", "image_size")
             shared |= {name: getattr(self.args, name) for name in names if getattr(self.args, name) is not None}
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        return {**shared, "base": self.args.base, "mixed_precision": precision}
+        weights = describe_weights(self.args.base or SMALL_SAM)
+        return {**shared, "base": self.args.base, "base_weights": weights, "mixed_precision": precision}
 
     def job(self, folder: str, protocol: Protocol, arguments: dict, others: Mapping | None = None, **fields) -> Job:
         """A run of train.py; `others` are arguments that decide nothing."""
@@ -144,8 +147,8 @@ class Benchmark:
         return Job(
             name=f"{protocol.name}/{folder}",
             script=ROOT / "recipes" / "train.py",
-            # The precision comes with the environment.
-            arguments={name: value for name, value in arguments.items() if name != "mixed_precision"},
+            # The precision comes with the environment, the weights with the base.
+            arguments={k: v for k, v in arguments.items() if k not in ("mixed_precision", "base_weights")},
             others={**common, **(others or {})},
             folder=Path(self.args.work_dir) / protocol.name / folder,
             **fields,
@@ -224,7 +227,7 @@ def choose_learning_rates(benchmark: Benchmark) -> dict[str, float]:
     if file.exists():
         chosen = json.loads(file.read_text())
         # For another protocol, what was chosen on synthetic-3 is taken as it is, but only for the same base.
-        names = settings if benchmark.protocol is SYNTHETIC_3 else ["base"]
+        names = settings if benchmark.protocol is SYNTHETIC_3 else ["base", "base_weights"]
         if differing := [name for name in names if chosen["settings"].get(name) != settings[name]]:
             raise ValueError(f"{file} is of runs with other {', '.join(differing)}: delete it, or give the same.")
     wanted = methods if benchmark.protocol is SYNTHETIC_3 else methods - chosen["methods"].keys()
@@ -239,9 +242,11 @@ def choose_learning_rates(benchmark: Benchmark) -> dict[str, float]:
 
 def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
     """Train each method with each learning rate; what is written as learning-rates.json, with the `known` methods."""
-    settings, rates = benchmark.settings(SYNTHETIC_3), sorted(benchmark.args.learning_rates)
-    wanted = {}
-    for method, rate in ((method, rate) for method in methods for rate in rates):
+    settings, wanted = benchmark.settings(SYNTHETIC_3), {}
+    # Rates of earlier searches count too, so that one method's can be widened alone.
+    tried = {method: known.get(method, {}).get("validation_loss", {}) for method in methods}
+    grids = {method: sorted({*benchmark.args.learning_rates, *map(float, tried[method])}) for method in methods}
+    for method, rate in ((name, rate) for name, rates in grids.items() for rate in rates):
         choices = {"method": method, "seed": TUNING_SEED, "learning_rate": rate}
         name = f"{method}-{rate:g}-seed{TUNING_SEED}"
         job = benchmark.job(f"learning-rates/{name}", SYNTHETIC_3, {**settings, **choices}, accepted_error=DIVERGED)
@@ -249,7 +254,7 @@ def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> 
         wanted[method, rate] = Wanted(method, file, choices, job)
     run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()))
     table = dict(known)
-    for method in methods:
+    for method, rates in grids.items():
         losses = {rate: read_record(wanted[method, rate].file).validation_loss for rate in rates}
         best = min(losses, key=losses.get)
         if math.isinf(losses[best]):
@@ -258,7 +263,7 @@ def tune(benchmark: Benchmark, methods: list[str], known: Mapping[str, Any]) -> 
         table[method] = {"learning_rate": best, "at_border": at_border, "validation_loss": losses}
         print(f"{method}: learning rate {best:g}, validation losses {losses}")
         if at_border:
-            print(f"WARNING: {best:g} is at the border of the learning rates tried for {method}.")
+            print(f"WARNING: {best:g} is at the border of the learning rates tried for {method}: give more of them.")
     return {"protocol": SYNTHETIC_3.name, "seed": TUNING_SEED, "settings": settings, "methods": table}
 
 
@@ -348,19 +353,45 @@ def measure_cost(benchmark: Benchmark) -> None:
         write_json(aside / file.name, costs)
 
 
+def rate_notes(benchmark: Benchmark, records: list[Record]) -> list[str]:
+    """What a reader must know of the records' learning rates."""
+    file, notes = benchmark.output / "learning-rates.json", []
+    if benchmark.args.ablation:
+        notes.append("All variants have the learning rate that was chosen for talora itself.")
+    if not file.exists():
+        return notes
+    used = {record.choices["method"]: record.choices["learning_rate"] for record in records}
+    chosen = json.loads(file.read_text())["methods"]
+    chosen = {m: found for m, found in chosen.items() if used.get(m) == found["learning_rate"]}
+    if chosen:
+        notes.append(
+            f"Learning rates are those of the lowest validation loss on {SYNTHETIC_3.name}, one for all tasks of a "
+            "method."
+        )
+    for method, found in chosen.items():
+        if found["at_border"]:
+            tried = ", ".join(f"{float(rate):g}" for rate in found["validation_loss"])
+            notes.append(f"The learning rate of {method}, {used[method]:g}, is at the border of those tried: {tried}.")
+    return notes
+
+
 def write_tables(benchmark: Benchmark) -> None:
     """JSON, Markdown and picture of all records there are of the protocol."""
     protocol, ablation = benchmark.protocol, bool(benchmark.args.ablation)
     order = ["talora", *ablations(len(protocol.tasks))] if ablation else METHODS
     files = sorted(benchmark.records.glob("talora-seed*.json" if ablation else "*-seed*.json"))
     files += sorted((benchmark.records / "ablations").glob("*-seed*.json")) if ablation else []
-    records = sorted(read_comparable(files), key=lambda record: (order.index(record.name), record.seed))
+    records = read_comparable(files)
+    if unknown := sorted({record.name for record in records} - set(order)):
+        raise ValueError(f"{benchmark.records} has records of {', '.join(unknown)}; allowed: {', '.join(order)}.")
+    records = sorted(records, key=lambda record: (order.index(record.name), record.seed))
     costs = json.loads(benchmark.cost_file.read_text()) if benchmark.cost_file.exists() else None
     if not records:
         raise ValueError(f"{benchmark.records} has no records: run the stage `runs` first.")
     if costs is not None and costs["settings"] != records[0].settings:
         raise ValueError(f"{benchmark.cost_file} is of other settings than the records: run the stage `cost` again.")
     table = make_table(protocol, records, {"delta_m_vs_talora": "talora"} if ablation else BASELINES, costs)
+    table["notes"] += rate_notes(benchmark, records)
     name = f"ablations-{protocol.name}" if ablation else protocol.name
     title = f"{protocol.name}, talora and variants of it" if ablation else protocol.name
     with write_aside(benchmark.output) as aside:

@@ -227,8 +227,8 @@ def validate(run: Run) -> None:
         raise ValueError(
             f"none of the {len(run.val_set)} validation images has a label, so no checkpoint can be chosen"
         )
-    if math.isnan(loss):
-        raise FloatingPointError(f"the validation loss at step {step} is not a number: lower `learning_rate`")
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the validation loss at step {step} is {loss}: lower `learning_rate`")
     if run.progress.note_validation(metrics, losses):
         checkpoint.save_best(run.accelerator, run.model, run.output_dir)
 
@@ -323,7 +323,9 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
     """An mSAM on the base checkpoint."""
     base = args.base or str(output_dir / "base")
     with accelerator.main_process_first():
-        if args.base is None and not (output_dir / "base" / "model.safetensors").exists():
+        # A run that goes on keeps its base; what another run left is not this one's.
+        kept = args.resume_from_checkpoint is not None and (output_dir / "base" / "model.safetensors").exists()
+        if args.base is None and not kept:
             small_sam.copy_small_sam(base)
     tasks = engine.parse_tasks(args, args.tasks)
     model = peft_talora.MSamModel.from_pretrained(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 from PIL import Image
 
 from peft_talora.benchmark.protocols import CAMVID_2, SYNTHETIC_3
-from peft_talora.benchmark.records import Record, check_record, read_comparable, read_record, write_record
+from peft_talora.benchmark.records import (
+    Record,
+    check_record,
+    describe_weights,
+    read_comparable,
+    read_record,
+    write_record,
+)
 from peft_talora.benchmark.table import draw_table, make_table, relative_gain, to_markdown
 from peft_talora.engine import parse_arguments
 from peft_talora.methods import METHODS
@@ -115,7 +123,7 @@ def test_seeds_that_the_baseline_lacks_are_left_out_of_its_gain_and_said_so():
 
 def test_the_markdown_has_a_row_per_method_and_all_figures():
     text = to_markdown(make_table(PROTOCOL, [*STL, *OURS], BASELINES), PROTOCOL, "camvid-2")
-    assert "| talora | 0.001 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,230 | 5,000 |" in text
+    assert "| talora | 0.001 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |" in text
     assert "segmentation miou ↑" in text
     assert "step (ms)" not in text, "not measured"
     assert text.count("| full-stl |") == 3
@@ -149,6 +157,21 @@ def test_a_record_of_other_settings_is_refused(tmp_path):
         check_record(file, {**SETTINGS, "num_train_epochs": 3}, OURS[0].choices)
     with pytest.raises(ValueError, match=r"learning_rate=0.001 \(not 0.003\).*delete it"):
         check_record(file, SETTINGS, {**OURS[0].choices, "learning_rate": 3e-3})
+
+
+def test_other_weights_of_a_base_of_the_same_name_are_another_setting(build, tmp_path, sam_folder):
+    base = shutil.copytree(sam_folder, tmp_path / "base")
+    benchmark = build("--base", base)
+    settings = benchmark.settings(SYNTHETIC_3)
+    assert settings == build("--base", base).settings(SYNTHETIC_3)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert describe_weights(str(base)) != settings["base_weights"]
+    write_record(tmp_path / "talora-seed0.json", replace(OURS[0], settings=settings))
+    with pytest.raises(ValueError, match=r"is of a run with base_weights="):
+        check_record(tmp_path / "talora-seed0.json", benchmark.settings(SYNTHETIC_3), OURS[0].choices)
+    assert describe_weights("facebook/sam-vit-base") is None
+    assert "--base_weights" not in benchmark.job("a", SYNTHETIC_3, settings).command()
 
 
 def test_records_that_are_not_comparable_do_not_share_a_table(tmp_path):
@@ -239,13 +262,31 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss(recipe, build, 
     assert "WARNING: 0.003 is at the border" in capsys.readouterr().out
 
 
+def test_learning_rates_of_earlier_searches_count_and_a_border_is_noted(recipe, build):
+    benchmark = write_tuning(build, {3e-4: 1.0, 1e-3: 1.5, 3e-3: 2.0})
+    recipe.choose_learning_rates(benchmark)
+    used = {"method": "talora", "seed": 0, "learning_rate": 3e-4}
+    records = [record("talora", 0, (1, 1, 1, 1), choices=used)]
+    where = "Learning rates are those of the lowest validation loss on synthetic-3, one for all tasks of a method."
+    assert recipe.rate_notes(benchmark, records) == [
+        where,
+        "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003.",
+    ]
+    wider = write_tuning(build, {1e-4: 0.5, 3e-5: 0.7}, "--learning_rates", 3e-5, 1e-4)
+    assert recipe.choose_learning_rates(wider) == {"talora": 1e-4}
+    assert recipe.choose_learning_rates(benchmark) == {"talora": 1e-4}, "the earlier grid does not lose it"
+    assert recipe.rate_notes(benchmark, records) == [], "the records have another rate"
+    records = [replace(records[0], choices={**used, "learning_rate": 1e-4})]
+    assert recipe.rate_notes(benchmark, records) == [where]
+
+
 def test_learning_rates_are_kept_for_other_protocols_and_not_for_other_bases(recipe, build):
     recipe.choose_learning_rates(write_tuning(build, {3e-4: 2.0, 1e-3: 1.5, 3e-3: 3.0}))
     other = ["--protocol", "synthetic-6", "--num_images", 16, "--methods", "talora"]
     assert recipe.choose_learning_rates(build(*other)) == {"talora": 1e-3}
     with pytest.raises(ValueError, match="no learning rate of heads: run the stage"):
         recipe.choose_learning_rates(build(*other, "heads", "--stages", "runs"))
-    with pytest.raises(ValueError, match="with other base"):
+    with pytest.raises(ValueError, match="with other base, base_weights"):
         recipe.choose_learning_rates(build("--base", "another", *other))
     with pytest.raises(ValueError, match="with other num_images"):
         recipe.choose_learning_rates(build("--methods", "talora", "--num_images", 16))
@@ -262,6 +303,13 @@ def test_wrong_arguments_are_refused_at_once(build):
     ):
         with pytest.raises(ValueError, match=message):
             build(*arguments)
+
+
+def test_records_of_unknown_names_make_no_table(recipe, build):
+    benchmark = build("--stages", "table")
+    write_record(benchmark.record_file("retired", 0), replace(OURS[0], name="retired"))
+    with pytest.raises(ValueError, match="has records of retired; allowed: full-stl"):
+        recipe.write_tables(benchmark)
 
 
 def test_ablations_share_talora_s_own_runs_with_the_methods(build):

@@ -75,6 +75,16 @@ def test_a_checkpoint_of_the_same_arguments_is_gone_on_with(make_job):
     assert not checkpoint.exists()
 
 
+def test_a_folder_in_which_a_process_works_is_left_alone(make_job):
+    process = make_job("a", "wait").start()
+    with pytest.raises(RuntimeError, match=r"a process works in .* already"):
+        make_job("a", "well").start()
+    assert make_job("a").log.exists()
+    process.kill()
+    process.wait()
+    assert make_job("a").start().wait() == 0
+
+
 def test_workers_are_at_least_one(make_job):
     with pytest.raises(ValueError, match="`workers` is 0"):
         list(run_jobs([make_job("a")], 0))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_sam
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peft_talora
 
@@ -172,6 +172,25 @@ def test_tasks_see_the_same_images_where_labels_are_missing(method, arguments, t
         call("evaluate.py", "--adapter", run / task, "--output", tmp_path / "figures.json")
         figures = json.loads((tmp_path / "figures.json").read_text())
         assert figures[task] == pytest.approx(results["after"][task], rel=1e-2)
+
+
+@pytest.mark.parametrize("rate", [1e19, 1e30])
+def test_a_loss_that_is_no_finite_number_ends_the_run(rate, arguments, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the validation loss at step 3 is (nan|inf): lower `learning_rate`"):
+        train(arguments, "heads", ["depth"], tmp_path, "--learning_rate", rate, "--warmup_ratio", 0)
+
+
+def test_a_new_run_does_not_take_the_base_that_another_left(arguments, tmp_path, monkeypatch):
+    _, base, *rest = arguments
+    monkeypatch.setattr("peft_talora.small_sam.SMALL_SAM", str(base))
+    weights = (tmp_path / "base" / "model.safetensors", base / "model.safetensors")
+    shutil.copytree(base, weights[0].parent)
+    state = load_file(weights[0])
+    save_file({name: value + 1 for name, value in state.items()}, weights[0], metadata={"format": "pt"})
+    train(rest, "heads", ["depth"], tmp_path, "--num_train_epochs", 1)
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    monkeypatch.setattr("peft_talora.small_sam.SMALL_SAM", str(tmp_path / "none"))
+    train(rest, "heads", ["depth"], tmp_path, "--num_train_epochs", 1, "--resume_from_checkpoint", "latest")
 
 
 def test_the_measurement_before_training_can_be_left_out(arguments, tmp_path):

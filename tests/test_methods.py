@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import peft_talora
-from peft_talora import Collator, MSamModel, SyntheticScenes, engine, evaluation, hub, make_image_processor, mtlora
+from peft_talora import Collator, MSamModel, SyntheticScenes, engine, evaluation, hub, make_image_processor
 from peft_talora.data import SYNTHETIC_TASKS
-from peft_talora.methods import METHODS, find_method
+from peft_talora.methods import METHODS, find_method, mtlora
 from peft_talora.methods.adapters import AdapterArguments
 from peft_talora.results import count_parameters
 

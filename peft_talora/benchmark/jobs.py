@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..files import write_aside, write_json
 
@@ -71,10 +72,25 @@ class Job:
         return [sys.executable, str(self.script), *flags]
 
     def start(self) -> subprocess.Popen:
-        """Start the process; its output goes to `log`."""
+        """Start the process; its output goes to `log`.
+
+        Raises:
+            RuntimeError: If a process works in the folder already: of another benchmark, or of one that was killed.
+        """
+        if self.log.exists():
+            with self.log.open("r+") as log:
+                self._lock(log)
         command = self.command()
         with self.log.open("w") as log:
+            self._lock(log)
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def _lock(self, log: IO[str]) -> None:
+        # The process inherits the open file, hence the lock, and holds it as long as it lives.
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"a process works in {self.folder} already: wait for its end, or end it") from error
 
     def discard(self) -> None:
         """Delete the folder."""

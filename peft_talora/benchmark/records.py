@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -124,6 +125,15 @@ def describe_commit(root: Path) -> str | None:
     status = [*git, "status", "--porcelain", "--", "peft_talora", "recipes"]
     changes = subprocess.run(status, check=True, capture_output=True, text=True).stdout
     return commit.stdout.strip() + ("+changes" if changes else "")
+
+
+def describe_weights(checkpoint: str) -> str | None:
+    """The first digits of the SHA-256 of a checkpoint's safetensors; None if it is not a folder with such files."""
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12] if files else None
 
 
 def describe_hardware(num_threads: int) -> str:

@@ -128,7 +128,8 @@ def to_markdown(table: Table, protocol: Protocol, title: str) -> str:
         for task, figure in primary.items()
     }
     columns |= {
-        "encoder": lambda m: f"{m['adapter_parameters'] + m['other_parameters']:,}",
+        "adapter": lambda m: f"{m['adapter_parameters']:,}",
+        "encoder": lambda m: f"{m['other_parameters']:,}",
         "heads": lambda m: f"{m['head_parameters']:,}",
     }
     if any(m["step_seconds"] is not None for m in methods.values()):
@@ -154,11 +155,13 @@ def _introduction(table: Table, protocol: Protocol) -> str:
         f"{protocol.source[0].upper()}{protocol.source[1:]}. Epochs: {settings['num_train_epochs']}; images a step: "
         f"{settings['per_device_train_batch_size']}; seeds: {', '.join(map(str, seeds))}. Commit {table['commit']}; "
         f"{table['hardware']}.\n\n"
-        "Test images; each run's checkpoint is the one with the lowest loss on the validation images. Figures are "
+        "Test images; each run's checkpoint is the one with the lowest loss, summed over its tasks, on the validation "
+        "images. Single-task learning (`-stl`) has a run for each task, hence a checkpoint for each. Figures are "
         "means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
         "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
-        "same seed. *encoder*: trained parameters outside the heads, layer norms included. *step* and *peak*: "
-        "each method's median over short runs of train.py, one at a time; on a CPU, peak is the whole process's."
+        "same seed. Trained parameters: *adapter* of the low-rank updates, *encoder* of layer norms or of the whole "
+        "encoder, *heads*; with `-stl`, of the runs of all tasks. *step* and *peak*: each method's median over short "
+        "runs of train.py, one at a time; on a CPU, peak is the whole process's."
     )
 
 
