@@ -149,6 +149,7 @@ _SEGMENTATION_13 = make_task("segmentation", 13)
 _DEPTH, _NORMALS, _EDGES = make_task("depth", 1), make_task("normals", 3), make_task("edges", 1)
 _PASCAL = (make_task("segmentation", 21), make_task("parts", 7))
 _SCENES = {"train": 1024, "val": 128, "test": 128}
+_F_ALONE = {"edges": ("ods_f",)}  # their loss says how sure a prediction is, not how good
 _SCENE_SIZE = 64  # pixels; as many images as possible for the time
 
 SYNTHETIC_3 = Protocol(
@@ -169,6 +170,7 @@ SYNTHETIC_6 = Protocol(
     num_train_epochs=3,
     batch_size=4,
     source="generated scenes of `SyntheticScenes`, all six tasks",
+    figures=_F_ALONE,
     encoder_size=_SCENE_SIZE,
     generated=True,
 )
@@ -183,6 +185,7 @@ CAMVID_2 = Protocol(
     batch_size=4,
     source="CamVid with 11 classes, in the folder's own split; its `val` is the test split here",
     image_size=(360, 480),
+    figures=_F_ALONE,
     test_split="val",
     ignored_class=11,
     derive_edges=True,
