@@ -275,7 +275,7 @@ def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, p
             "hardware": describe_hardware(args.num_threads),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "losses": progress.history,
-            "arguments": asdict(args),
+            "arguments": deciding_arguments(args),
             "versions": {module.__name__: module.__version__ for module in (peft_talora, torch, transformers)},
         },
     }

@@ -325,7 +325,8 @@ def test_two_processes_learn_the_same_in_both_orders(by_two):
     sequential, folded = (read_results(by_two[0][order]) for order in ("sequential", "folded"))
     assert sequential["before"]["depth"] == pytest.approx(folded["before"]["depth"], rel=1e-4)
     for one, other in zip(sequential["history"], folded["history"], strict=True):
-        assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
+        # A percent: where a gradient is rounding alone, such as of the keys' biases, Adam makes whole steps of it.
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-2)
 
 
 def test_speed_is_measured_of_equal_results_and_figures_of_before_stay(tmp_path, monkeypatch, capsys):
