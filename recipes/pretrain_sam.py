@@ -61,7 +61,8 @@ class PretrainArguments:
         default_factory=list, metadata={"help": "Other SAM checkpoints to measure, as name=folder."}
     )
     data_root: str | None = field(
-        default=None, metadata={"help": "Real images to measure on: <root>/<real_split>/image and /segmentation."}
+        default=None,
+        metadata={"help": "Real images to measure on: <root>/<real_split>/image and /segmentation, named by <root>."},
     )
     real_split: str = field(default="val", metadata={"help": "That split."})
     ignored_class: int = field(default=losses.IGNORE_INDEX, metadata={"help": "Its class that is no region."})
@@ -195,7 +196,7 @@ def held_out(args: PretrainArguments) -> dict[str, Dataset]:
     """The sets of images to measure on."""
     sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in ("objects", "rooms")}
     if args.data_root is not None:
-        sets["real"] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
+        sets[Path(args.data_root).name] = promptable.RegionMasks(args.data_root, args.real_split, args.ignored_class)
     return sets
 
 
