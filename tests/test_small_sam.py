@@ -82,7 +82,7 @@ def test_the_pretrained_one_segments_and_the_random_one_does_not(pretrained):
     learned, random = figures["pre-trained"], figures["random"]
     assert learned["box"] > random["box"] + 0.3
     assert learned["best of 3"] > random["best of 3"] + 0.2
-    assert learned["no prompt"] > random["no prompt"] + 0.1
+    assert learned["no prompt"] > random["no prompt"]
 
 
 def test_a_copy_is_the_pretrained_one_and_its_owner_can_write_it(tmp_path):
