@@ -14,6 +14,7 @@ from torch import nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
 from .files import write_aside
+from .resize import resize_positions
 
 SMALL_SAM = str(Path(__file__).parent / "checkpoints" / "small-sam")
 """Folder of the pre-trained checkpoint: a stock SAM of 2.4 million parameters for images of 128 pixels."""
@@ -81,6 +82,15 @@ def _redraw(model: SamModel) -> None:
             nn.init.normal_(module.weight)
     nn.init.normal_(model.vision_encoder.pos_embed, std=0.2)
     nn.init.normal_(model.shared_image_embedding.positional_embedding)
+
+
+def take_over(model: SamModel, trained: SamModel) -> None:
+    """Give a SAM the weights of one of another image size, in place; `trained` has that size too afterwards.
+
+    Position tables are interpolated, as by `peft_talora.resize`.
+    """
+    resize_positions(trained.vision_encoder, model.config.vision_config.image_size)
+    model.load_state_dict(trained.state_dict())
 
 
 def save_small_sam(folder: str | Path, image_size: int = 128, seed: int = 0) -> str:

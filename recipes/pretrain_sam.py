@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +43,10 @@ class PretrainArguments:
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the result."})
     data: str = field(default="objects", metadata={"help": "'objects' (ObjectScenes) or 'rooms' (SyntheticScenes)."})
     image_size: int = field(default=128, metadata={"help": "Side of the images in pixels, a multiple of 32."})
-    max_steps: int = field(default=4800, metadata={"help": "Optimiser steps; no image is seen twice."})
+    half_size_steps: int = field(
+        default=0, metadata={"help": "Steps before, at half the image size: they cost a quarter. 0: none."}
+    )
+    max_steps: int = field(default=4800, metadata={"help": "Steps at the full size; no image is seen twice."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per step and process."})
     prompts: int = field(default=8, metadata={"help": "Prompts per image and step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
@@ -201,8 +204,29 @@ def held_out(args: PretrainArguments) -> dict[str, Dataset]:
 
 
 def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.Module, checkpoint.Progress]:
-    """Take all steps that are left. Returns the prepared model and how the training went."""
+    """Take all steps that are left, of both stages. Returns the prepared model and how the training went."""
     model = small_sam.make_small_sam(args.image_size, args.seed)
+    if not args.half_size_steps:
+        return train_stage(args, accelerator, model, "train")
+    folder, size = Path(args.output_dir) / "half-size", args.image_size // 2
+    half = replace(args, image_size=size, max_steps=args.half_size_steps, half_size_steps=0, output_dir=str(folder))
+    begun = checkpoint.list_checkpoints(Path(args.output_dir))
+    if not checkpoint.list_checkpoints(folder):
+        half.resume_from_checkpoint = None
+    first, earlier = train_stage(half, accelerator, small_sam.make_small_sam(size, args.seed), "train-half")
+    small_sam.take_over(model, extract_model_from_parallel(first, keep_fp32_wrapper=False))
+    accelerator.free_memory()
+    full = args if begun else replace(args, resume_from_checkpoint=None)
+    model, progress = train_stage(full, accelerator, model, "train")
+    progress.seconds += earlier.seconds
+    progress.history = [*earlier.history, *progress.history]
+    return model, progress
+
+
+def train_stage(
+    args: PretrainArguments, accelerator: Accelerator, model: SamModel, split: str
+) -> tuple[torch.nn.Module, checkpoint.Progress]:
+    """Take all steps that are left at one image size, on the scenes of a split."""
     model.set_attn_implementation("eager")  # on a CPU a third faster than fused kernels at so few tokens
     model.shared_image_embedding.positional_embedding.requires_grad_(False)  # a constant in SAM's own code
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -217,7 +241,7 @@ def train(args: PretrainArguments, accelerator: Accelerator) -> tuple[torch.nn.M
         progress = checkpoint.load_checkpoint(accelerator, found, folder, progress)
     bar = tqdm(total=args.max_steps, initial=progress.step, desc="pre-training", dynamic_ncols=True)
     recent, begun = [], time.perf_counter()
-    for batch in batches_from(args, accelerator, progress.step):
+    for batch in batches_from(args, accelerator, split, progress.step):
         loss = step_loss(model.train(), batch, progress.step, args.seed)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -248,10 +272,10 @@ def deciding_arguments(args: PretrainArguments) -> dict:
     return {name: value for name, value in asdict(args).items() if name not in free}
 
 
-def batches_from(args: PretrainArguments, accelerator: Accelerator, step: int) -> Iterator[dict]:
+def batches_from(args: PretrainArguments, accelerator: Accelerator, split: str, step: int) -> Iterator[dict]:
     """The batches of the steps that are left, each image once."""
     batch_size = args.per_device_train_batch_size * accelerator.num_processes
-    scenes = make_scenes(args.data, "train", args.max_steps * batch_size, args.image_size, args.seed)
+    scenes = make_scenes(args.data, split, args.max_steps * batch_size, args.image_size, args.seed)
     targets = MaskTargets(scenes, args.prompts)
     left = Subset(targets, range(step * batch_size, len(targets)))
     loader = DataLoader(
@@ -271,7 +295,9 @@ def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, p
         "figures": {name: promptable.measure(models, scenes) for name, scenes in held_out(args).items()},
         "training": {
             "data": args.data,
-            "images": args.max_steps * args.per_device_train_batch_size * accelerator.num_processes,
+            "images": (args.half_size_steps + args.max_steps)
+            * args.per_device_train_batch_size
+            * accelerator.num_processes,
             "minutes": progress.seconds / 60,
             "hardware": describe_hardware(args.num_threads),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

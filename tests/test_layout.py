@@ -21,7 +21,7 @@ ALLOWED = {
     "tuner": set(),
     "data": {"tasks", "losses"},
     "plotting": {"tasks"},
-    "small_sam": {"files"},
+    "small_sam": {"files", "resize"},
     "prompts": set(),
     "promptable": {"data", "losses", "prompts", "resize", "tasks"},
     "version": set(),

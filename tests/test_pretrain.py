@@ -17,6 +17,7 @@ from transformers import SamModel
 from peft_talora import load_image_processor, make_small_sam, promptable
 from peft_talora.data import ObjectScenes
 from peft_talora.prompts import mask_boxes
+from peft_talora.small_sam import take_over
 
 RECIPE = str(Path(__file__).parent.parent / "recipes" / "pretrain_sam.py")
 pretrain = SimpleNamespace(**runpy.run_path(RECIPE))
@@ -335,8 +336,49 @@ def test_the_seed_decides_the_images_but_not_the_held_out_ones():
     for seed in (0, 0, 1):
         reset()
         batches.append(
-            next(pretrain.batches_from(arguments("", seed=seed, dataloader_num_workers=0), Accelerator(cpu=True), 0))
+            next(
+                pretrain.batches_from(
+                    arguments("", seed=seed, dataloader_num_workers=0), Accelerator(cpu=True), "train", 0
+                )
+            )
         )
     images = [batch["pixel_values"] for batch in batches]
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+
+
+def test_two_image_sizes_resume_in_either_to_the_same_bits(tmp_path):
+    sizes = {"image_size": 2 * SIZE, "half_size_steps": 4, "max_steps": 3, "dataloader_num_workers": 0}
+
+    def run(folder, accelerator, **changes):
+        return pretrain.train(arguments(folder, **sizes, **changes), accelerator(mixed_precision="bf16", cpu=True))
+
+    reset()
+    model, progress = run(tmp_path / "through", Accelerator)
+    assert model.config.vision_config.image_size == 2 * SIZE
+    assert [entry["step"] for entry in progress.history] == [2, 4, 2, 3]
+    wanted = load_file(tmp_path / "through" / "checkpoint-3" / "model.safetensors")
+    half = load_file(tmp_path / "through" / "half-size" / "checkpoint-4" / "model.safetensors")
+    assert half["vision_encoder.pos_embed"].shape[1:3] == (4, 4)
+    assert wanted["vision_encoder.pos_embed"].shape[1:3] == (8, 8)
+    for stop in (3, 6):  # in the first stage, and in the second
+        folder = tmp_path / str(stop)
+        reset()
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, lambda stop=stop, **kwargs: Stopped(stop, **kwargs))
+        reset()
+        run(folder, Accelerator, resume_from_checkpoint="latest")
+        resumed = load_file(folder / "checkpoint-3" / "model.safetensors")
+        assert all(torch.equal(value, resumed[name]) for name, value in wanted.items())
+
+
+def test_the_second_size_starts_from_the_first(tmp_path):
+    trained, model = make_small_sam(SIZE, seed=1), make_small_sam(2 * SIZE)
+    take_over(model, trained)
+    assert torch.equal(model.mask_decoder.mask_tokens.weight, trained.mask_decoder.mask_tokens.weight)
+    assert torch.equal(
+        model.shared_image_embedding.positional_embedding, trained.shared_image_embedding.positional_embedding
+    )
+    table = make_small_sam(SIZE, seed=1).vision_encoder.pos_embed
+    torch.testing.assert_close(model.vision_encoder.pos_embed.mean((1, 2)), table.mean((1, 2)), atol=1e-5, rtol=1e-4)
+    assert model(torch.randn(1, 3, 2 * SIZE, 2 * SIZE)).pred_masks.shape[-1] == SIZE
