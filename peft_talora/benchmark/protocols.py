@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +163,12 @@ SYNTHETIC_3 = Protocol(
     generated=True,
 )
 
-SYNTHETIC_6 = Protocol(
+SYNTHETIC_6 = replace(
+    SYNTHETIC_3,
     name="synthetic-6",
     tasks=(*SYNTHETIC_3.tasks, _EDGES, make_task("saliency", 1), make_task("parts", 9)),
-    images=_SCENES,
-    num_train_epochs=3,
-    batch_size=4,
     source="generated scenes of `SyntheticScenes`, all six tasks",
     figures=_F_ALONE,
-    encoder_size=_SCENE_SIZE,
-    generated=True,
 )
 
 # Class 11 is "void". Edges are the borders between classes, hence no independent annotation; along void they are
