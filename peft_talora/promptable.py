@@ -23,7 +23,7 @@ from .prompts import central_points, mask_boxes, mask_iou, regions
 from .resize import resize_logits
 from .tasks import make_task
 
-_LEAST = 0.0015  # of the image, of a mask
+_LEAST = 1 / 256  # of the image, of a mask: one patch of the small SAM
 _MOST = 0.9
 
 
