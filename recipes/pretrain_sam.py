@@ -368,11 +368,14 @@ without downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` o
 - **Trained on** {images:,} generated images ({data}), each seen once, with {prompts} prompts each: points, boxes, and
   none (which means the most prominent object). 5 · focal + 2 · Dice loss of the best mask, squared error of the
   predicted IoU. Prompts by masks were not trained.
-- **Cost**: {minutes:.0f} minutes on {hardware}; precision {mixed_precision}, {batch} images a step, AdamW with
-  a peak learning rate of {learning_rate:g}, seed {seed}.
+- **Steps** of {batch} images: {half_size_steps} at half the image size, then {max_steps} at the full one; Muon for the
+  matrices of linear layers, AdamW for all else, with a peak learning rate of {learning_rate:g} in both stages;
+  precision {mixed_precision}, seed {seed}.
+- **Cost**: {minutes:.0f} minutes on {hardware}.
 - **Stored** in half precision; the configuration has it read as float32.
 
-Mean IoU on held-out images; a box is the mask's own, a click its innermost point:
+Mean IoU on held-out images, of masks of at least 1/256 of the image; a box is the mask's own, a click its innermost
+point:
 
 {table}
 """
