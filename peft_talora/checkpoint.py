@@ -184,7 +184,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
 
     Raises:
         ValueError: If it was trained on other tasks or with other arguments; the message names them.
-        OSError: If its weights are damaged; the message names the file.
+        OSError: If one of its files is damaged; the message names it.
     """
     progress = Progress(**json.loads((checkpoint / PROGRESS_NAME).read_text()))
     if progress.tasks != wanted.tasks:
@@ -196,7 +196,6 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
     _check_states(checkpoint, accelerator.num_processes)
     accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process and progress.best_loss is not None:
-        check_safetensors(checkpoint / BEST_NAME)
         with write_aside(folder / "best") as aside:
             shutil.copyfile(checkpoint / BEST_NAME, aside / WEIGHTS_NAME)
     return progress
@@ -211,9 +210,13 @@ def check_same_arguments(trained: dict[str, Any], wanted: dict[str, Any], source
 
 
 def _check_states(checkpoint: Path, num_processes: int) -> None:
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        check_safetensors(file)
     # Accelerate goes on without random states that it cannot read, so the run would silently become another one.
-    names = [f"random_states_{process}.pkl" for process in range(num_processes)]
-    for file in (checkpoint / name for name in ("optimizer.bin", "scheduler.bin", *names)):
+    names = {f"random_states_{process}.pkl" for process in range(num_processes)}
+    # There is a file for each optimiser and scheduler: one that is missing is named by Accelerate.
+    names |= {file.name for pattern in ("*.bin", "*.pt") for file in checkpoint.glob(pattern)}
+    for file in (checkpoint / name for name in sorted(names)):
         try:
             load_state_file(file, map_location="cpu")
         except Exception as error:

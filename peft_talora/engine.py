@@ -262,8 +262,8 @@ def task_groups(task_names: Sequence[str], order: TaskOrder) -> list[list[str]]:
     return [list(task_names)] if order == "folded" else [[name] for name in task_names]
 
 
-def keep_active(tasks: Sequence[str]) -> None:
-    """Nothing needs to be switched before an encoder pass."""
+def keep_active(*_: Any) -> None:
+    """Nothing needs to be switched before an encoder pass: the model itself knows its tasks."""
 
 
 def backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -59,6 +60,12 @@ def sync(folder: Path) -> None:
     for file in (path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def same_files(folder: str | Path, other: str | Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    names = [{path.relative_to(f) for path in Path(f).rglob("*") if path.is_file()} for f in (folder, other)]
+    return names[0] == names[1] and all(filecmp.cmp(Path(folder, n), Path(other, n), shallow=False) for n in names[0])
 
 
 def check_safetensors(file: str | Path) -> None:

@@ -307,7 +307,8 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
 
     Args:
         model: The trained `PeftModel` around an `MSamModel`.
-        results: What the training recipe wrote to `results.json`; its tasks are the adapter's.
+        results: What the training recipe wrote to `results.json`; its tasks are the adapter's. The card says which
+            others of the model were trained together with them.
         repo_id: Where it will be found; None writes a placeholder.
     """
     base, method = model.get_base_model(), results["method"]
@@ -326,6 +327,8 @@ def model_card(model: PeftModel, results: Mapping[str, Any], repo_id: str | None
     )
     trained = results["parameters"]["encoder"]
     encoder = f", {trained:,} in the encoder" if trained else ""
+    others = ", ".join(f"`{t['name']}`" for t in base.config.tasks if t["name"] not in results["after"])
+    together = f" Trained together with {others}: parameters and images/s are those of all tasks." if others else ""
     return f"""---
 {chr(10).join(metadata)}
 ---
@@ -354,7 +357,7 @@ predictions = model.post_process(outputs.logits, inputs["original_sizes"])  # on
 
 On {results["images"]["test"]} test images, before and after training on {results["images"]["train"]}; the checkpoint
 was chosen on {results["images"]["validation"]} other images. Trained parameters: {results["parameters"]["adapter"]:,}
-in the adapter, {results["parameters"]["heads"]:,} in the heads{encoder}.
+in the adapter, {results["parameters"]["heads"]:,} in the heads{encoder}.{together}
 
 | task | metric | before | after |
 |------|--------|-------:|------:|

@@ -178,9 +178,14 @@ def from_loras(
 
 
 def read_loras(loras: Mapping[str, str | Path]) -> dict[str, LoraFolder]:
-    """Read a LoRA per task, all of the same layers of one base model. Raises as [`from_loras`] does."""
+    """Read a LoRA per task, all of the same layers of one base model. Raises as [`from_loras`] does.
+
+    Copies of one base, as folders of single tasks hold them, are one base: the first.
+    """
     check_task_names(list(loras))
     parts = {task: read_lora(task, path) for task, path in loras.items()}
+    base = next(iter(parts.values())).base
+    parts = {task: part.on_base(base) for task, part in parts.items()}
     _check_alike(parts)
     return parts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .files import check_safetensors
+from .files import check_safetensors, same_files
 from .hub import HEAD_NAME, MSAM_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, fetch
 
 PREFIX = "base_model.model."
@@ -75,6 +75,16 @@ class LoraFolder:
     def saved(self) -> list[str]:
         """Its `modules_to_save`, heads apart."""
         return [name for name in self.config.modules_to_save or [] if not name.startswith("task_heads.")]
+
+    def on_base(self, base: str) -> LoraFolder:
+        """This one on another base, where that is a copy of its own; else itself."""
+        folders = [name for name in (self.base, base) if name and Path(name).is_dir()]
+        if self.base == base or len(folders) < 2 or not same_files(*folders):
+            return self
+        rebuild = self.rebuild
+        if rebuild is not None and rebuild["base_model_name_or_path"] == self.base:
+            rebuild = {**rebuild, "base_model_name_or_path": base}
+        return replace(self, base=base, rebuild=rebuild)
 
 
 def read_lora(task: str, path: str | Path) -> LoraFolder:

@@ -26,7 +26,10 @@ def mask_boxes(masks_NHW: Tensor) -> Tensor:
 
 
 def jitter_boxes(boxes_N4: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
-    """Boxes whose edges are moved by normal noise of `share` of their side (SAM, arXiv:2304.02643, appendix A)."""
+    """Boxes whose edges are moved by normal noise of `share` of their side (SAM, arXiv:2304.02643, appendix A).
+
+    The noise is clamped to ±2 deviations: no edge moves by more than 2 · `share` of the side.
+    """
     sides = (boxes_N4[:, 2:] - boxes_N4[:, :2]).repeat(1, 2)
     return boxes_N4 + share * sides * torch.randn(boxes_N4.shape, generator=generator).clamp(-2, 2)
 

@@ -106,7 +106,10 @@ def of_run(accelerator: Accelerator, model: PeftModel, progress: Progress) -> di
 
 
 def restrict(results: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Any]:
-    """The results of an adapter of these tasks alone: their test metrics, on the same images."""
+    """The results of an adapter of these tasks alone: their test metrics, on the same images.
+
+    All else stays that of the run, which trained all of its tasks together: parameters, validation, time and memory.
+    """
     only = {
         moment: {name: metrics for name, metrics in results[moment].items() if name in tasks}
         for moment in ("before", "after")

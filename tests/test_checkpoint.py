@@ -239,3 +239,20 @@ def test_damaged_states_are_named(name, run, saved, tmp_path):
     (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
     with pytest.raises(OSError, match=rf"{name}: missing, truncated or corrupt"):
         load_checkpoint(run.accelerator, damaged, tmp_path, Progress(tasks=run.progress.tasks))
+
+
+@pytest.mark.parametrize("kept", [None, 100])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "optimizer_1.bin", "scheduler_1.bin"])
+def test_states_of_a_run_with_two_optimizers_are_named(name, kept, tmp_path):
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 1)
+    optimizers = [torch.optim.AdamW([parameter]) for parameter in model.parameters()]
+    accelerator.prepare(model, *optimizers, *(get_linear_schedule_with_warmup(o, 2, 20) for o in optimizers))
+    save_checkpoint(accelerator, tmp_path, Progress(tasks=[], step=1), keep=1)
+    load_checkpoint(accelerator, tmp_path / "checkpoint-1", tmp_path, Progress(tasks=[]))
+    file = tmp_path / "checkpoint-1" / name
+    content = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(content[:kept])
+    with pytest.raises(OSError, match=name.partition(".")[0]):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1", tmp_path, Progress(tasks=[]))

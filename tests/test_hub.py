@@ -15,6 +15,7 @@ from tuner_cases import saying
 
 import peft_talora
 from peft_talora import MSamModel, TALoRAConfig, files, hub, make_image_processor, save_adapter
+from peft_talora.results import restrict
 from peft_talora.small_sam import save_small_sam
 
 TASKS = [
@@ -359,6 +360,15 @@ def test_the_card_says_what_how_well_and_how_to_load(method, sam_folder):
     ):
         assert words in body, words
     assert body.count("```") % 2 == 0
+    assert "together" not in body
+
+
+def test_the_card_of_one_task_says_which_others_its_numbers_include(sam_folder):
+    results = {**RESULTS, "arguments": {}}
+    _, body = front_matter(hub.model_card(make_model(sam_folder), restrict(results, ["normals"])))
+    assert "- `normals` (normals, 3 channels)\n\n" in body
+    assert "- `depth`" not in body
+    assert "56,789 in the heads. Trained together with `depth`, `borders`: parameters and images/s are" in body
 
 
 @pytest.mark.parametrize(

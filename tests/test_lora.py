@@ -1,6 +1,7 @@
 """To stock LoRA folders, read where this package is not installed, and back."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -290,6 +291,19 @@ class TestFromLoras:
         loras, expected = save_loras(sam_folder, tmp_path, images)
         from_loras(loras, tmp_path / "all")
         assert_gives(tmp_path / "all", images, expected)
+
+    def test_copies_of_one_base_are_one_base(self, sam_folder, images, tmp_path):
+        loras, expected = save_loras(sam_folder, tmp_path, images)
+        for folder in loras.values():
+            shutil.copytree(sam_folder, folder / "base")
+            for file in (folder / "msam_config.json", folder / "adapter_config.json"):
+                file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "base"}))
+        from_loras(loras, tmp_path / "all")
+        assert read(tmp_path / "all")["base_model_name_or_path"] == str(loras["segmentation"] / "base")
+        assert_gives(tmp_path / "all", images, expected)
+        (loras["depth"] / "base" / "model.safetensors").write_bytes(b"another")
+        with pytest.raises(ValueError, match=saying("different base", "segmentation/base", "'depth'")):
+            from_loras(loras, tmp_path / "all")
 
     def test_an_image_processor_of_an_earlier_adapter_does_not_stay(self, sam_folder, images, tmp_path):
         loras, _ = save_loras(sam_folder, tmp_path, images)

@@ -1,6 +1,8 @@
 """The methods: what each trains, how many encoder passes it needs, what it saves. On a tiny real SAM."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -161,6 +163,8 @@ def test_a_task_of_mtlora_is_a_lora_of_the_sum_of_both(sam_folder, images, tmp_p
             hub.PROCESSOR_NAME,
             "adapter_config.json",
         }
+        rebuild = json.loads((tmp_path / task / hub.MSAM_CONFIG_NAME).read_text())
+        assert rebuild["base_model_name_or_path"] == sam_folder
         loaded = peft_talora.load(tmp_path / task)
         assert loaded.get_base_model().task_names == [task]
         assert loaded.peft_config["default"].r == 6
@@ -172,6 +176,24 @@ def test_a_task_of_mtlora_is_a_lora_of_the_sum_of_both(sam_folder, images, tmp_p
         other = predict(model, images, {**passes, "activate": lambda tasks: mtlora.activate(model, ["depth"])})
     assert (other["normals"] - expected["normals"]).abs().max() > 1e-3
     torch.testing.assert_close(other["depth"], expected["depth"])
+
+
+def test_a_task_of_mtlora_can_move_without_its_run(sam_folder, images, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(sam_folder, run / "base")
+    model, passes = make(run / "base", "mtlora")
+    expected = predict(shaken(model).eval(), images, passes)["depth"]
+    for _ in range(2):  # the second replaces the first
+        mtlora.save_task(model, ["depth"], run / "depth", None, "The card.")
+    (run / "depth").rename(moved)
+    shutil.rmtree(run)
+    for file in (hub.MSAM_CONFIG_NAME, "adapter_config.json"):
+        assert json.loads((moved / file).read_text())["base_model_name_or_path"] == "base"
+    with torch.no_grad():
+        found = peft_talora.load(moved)(pixel_values=images).logits["depth"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(OSError, match="the Hub cannot be reached"):  # that is all that is wrong with it
+        peft_talora.push_to_hub(moved, "user/name")
 
 
 def test_mtlora_takes_one_task_in_a_pass(sam_folder):

@@ -23,7 +23,7 @@ RECIPE = str(Path(__file__).parent.parent / "recipes" / "pretrain_sam.py")
 pretrain = SimpleNamespace(**runpy.run_path(RECIPE))
 SIZE, STEPS = 32, 5
 FLAGS = {"image_size": SIZE, "max_steps": STEPS, "per_device_train_batch_size": 2, "prompts": 3, "warmup_steps": 1}
-FLAGS |= {"num_threads": 1, "test_images": 2, "save_steps": 2}
+FLAGS |= {"num_threads": 1, "test_images": 2, "save_steps": 2, "half_size_steps": 0}
 B, P = 2, 5
 
 
@@ -183,6 +183,20 @@ def test_ratings_alone_are_left_of_the_loss_of_right_masks():
     torch.testing.assert_close(loss.item(), 0.09, atol=1e-6, rtol=1e-5)
 
 
+def test_every_trained_parameter_has_one_optimizer():
+    model = make_small_sam(SIZE)
+    constant = model.shared_image_embedding.positional_embedding.requires_grad_(False)
+    muon, adamw = pretrain.make_optimizers(model, arguments(""))
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    taken = [[names.pop(p) for group in o.param_groups for p in group["params"]] for o in (muon, adamw)]
+    assert list(names) == [constant]  # what one has taken, the other cannot
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(taken[0]) == linear
+    assert {"vision_encoder.layers.0.attn.qkv.weight", "mask_decoder.iou_prediction_head.proj_in.weight"} <= linear
+    assert {"vision_encoder.layers.0.attn.qkv.bias", "mask_decoder.mask_tokens.weight"} <= set(taken[1])
+
+
 def test_targets_are_masks_of_their_image():
     scenes = ObjectScenes("train", 8, SIZE)
     targets = pretrain.MaskTargets(scenes, 6)
@@ -230,7 +244,7 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
 def test_other_arguments_are_not_resumed(finished):
     reset()
     other = arguments(finished, resume_from_checkpoint="latest", learning_rate=5e-4)
-    with pytest.raises(ValueError, match=r"learning_rate=0.001 \(now 0.0005\)"):
+    with pytest.raises(ValueError, match=r"learning_rate=0.003 \(now 0.0005\)"):
         pretrain.train(other, Accelerator(mixed_precision="bf16", cpu=True))
 
 

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import SamImageProcessorPil
 
-from ..engine import TaskOrder, resolve_task_order
+from ..engine import TaskOrder, keep_active, resolve_task_order
 from ..hub import save_adapter
 from ..msam import MSamModel
 from ..tuner import orthogonality_loss
@@ -22,10 +22,6 @@ from . import mtlora
 from .adapters import AdapterArguments, add_lora, add_nothing, add_talora, unfreeze_encoder
 
 Regularizer = Callable[[], torch.Tensor]
-
-
-def serve_all(model: PeftModel, tasks: Sequence[str]) -> None:
-    """Nothing needs to be switched before an encoder pass: the model itself knows its tasks."""
 
 
 def one_pass(order: str, device: torch.device) -> TaskOrder:
@@ -78,7 +74,7 @@ class Method:
     reads: frozenset[str]
     learning_rate: float
     resolve_order: Callable[[str, torch.device], TaskOrder] = one_pass
-    activate: Callable[[PeftModel, Sequence[str]], None] = serve_all
+    activate: Callable[[PeftModel, Sequence[str]], None] = keep_active
     regularizer: Callable[[PeftModel, AdapterArguments], Regularizer | None] = unregularized
     save: Callable[[PeftModel, Sequence[str], Path, SamImageProcessorPil | None, str], None] = save_all
     folder_per_task: bool = False

@@ -8,6 +8,7 @@ Swin encoder with outputs of several scales; here every adapted layer has both, 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def save_task(
 ) -> None:
     """Write one task as a stock LoRA folder with its head, as one trained for it alone would be; `load` reads it.
 
-    [B B_t] · [A; A_t], with the scalings in the former, is the sum of both updates: a LoRA of rank r + r_t.
+    [B B_t] · [A; A_t], with the scalings in the former, is the sum of both updates: a LoRA of rank r + r_t. The run's
+    own base, `base` beside `folder`, is copied into it, so that the folder can move alone.
 
     Args:
         model: As [`add_loras`] made it.
@@ -87,6 +89,10 @@ def save_task(
         state[name] = tensor.detach().cpu().contiguous()
     modules = configs[0].modules_to_save
     rank, rebuild = sum(config.r for config in configs), rebuild_config(base, folder, {task})
+    beside = (folder.resolve().parent / "base").resolve()
+    holds_base = rebuild["base_model_name_or_path"] == str(beside)
+    if holds_base:
+        rebuild["base_model_name_or_path"] = "base"
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -96,6 +102,8 @@ def save_task(
         inference_mode=True,
     )
     with write_aside(folder, owned=ADAPTER_FILES) as aside:
+        if holds_base:
+            shutil.copytree(beside, aside / "base", copy_function=shutil.copyfile)
         config.save_pretrained(aside)
         save_file(state, aside / WEIGHTS_NAME, metadata={"format": "pt"})
         write_json(aside / MSAM_CONFIG_NAME, rebuild)

@@ -23,7 +23,7 @@ CONFIGS = [TALoRAConfig, ThreeTaskConfig]
 # The models of `test_custom_models.py`, by name, with layers `lin0` (10 → 20 features) and `lin1` (20 → 2).
 MODELS = [
     ("MLP by expression", "MLP", {"target_modules": "lin0"}),
-    ("MLP lin0", "MLP", {"target_modules": ["lin0"], "r": 4, "r_out": 3}),
+    ("MLP lin0", "MLP", {"target_modules": ["lin0"], "r": 4, "r_out": 3, "r_task": 2}),
     ("MLP lin1", "MLP", {"target_modules": ["lin1"], "r": 4, "r_out": 2, "r_task": 2}),
     (
         "MLP both",

@@ -9,6 +9,20 @@ import pytest
 from peft_talora.tuner import TALoRAConfig, TALoRAModel
 
 HERE = Path(__file__).parent
+# What PEFT's tests are known to be warned of, through what they do on purpose; any other warning is shown.
+WARNINGS = [
+    "default",
+    "ignore:The PEFT config's `base_model_name_or_path` was renamed",  # several models with one configuration
+    "ignore:Could not find a config file in:UserWarning",  # small nets have none
+    "ignore:Adapter .* was active which is now deleted",
+    "ignore:Already following adapters were merged",
+    "ignore:The configuration file contains a `runtime_config` key",
+    "ignore:FSDP is switching to use `NO_SHARD`",  # one process
+    "ignore:When using ``NO_SHARD``",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT's old names of transformers' methods
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
+    "ignore:Class-scoped fixtures defined as instance methods",
+]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-k` takes tests away
@@ -19,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
     for module, group in groupby(ours, key=lambda item: item.module):
         stale, run = set(module.LEFT_OUT), 0
         for item in group:
-            item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.filterwarnings(*WARNINGS))
             name = item.nodeid.split("::", 1)[1]
             patterns = [pattern for pattern in module.LEFT_OUT if fnmatch(name, pattern)]
             stale.difference_update(patterns)
