@@ -7,8 +7,10 @@
     python recipes/benchmark.py --ablation all                         # variants of talora instead of methods
 
 Every run is `recipes/train.py` in a process of its own. A finished one leaves a small record under
-`<output_dir>/runs`, and the tables are made of these: the same command goes on where it was stopped. The learning rate
-of a method is chosen by validation loss on synthetic-3, with a seed that no table has, and kept for all protocols.
+`<output_dir>/runs`, and the tables are made of these: the same command goes on where it was stopped. A run under way
+goes on from its checkpoint as long as the code's commit is the same, and starts anew after another one. The learning
+rate of a method is chosen by validation loss on synthetic-3, with a seed that no table has, and is the same for all
+protocols.
 """
 
 import json

@@ -1,5 +1,6 @@
 """Records made up by hand, and a benchmark whose runs are a script of a few lines; shared by the tests."""
 
+import subprocess
 from dataclasses import replace
 
 from peft_talora.benchmark.plan import Benchmark
@@ -78,3 +79,10 @@ def make_benchmark(folder, **changes):
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(TRAIN)
     return replace(made, **changes)
+
+
+def commit(clone):
+    """Commit what is in a folder, which becomes a repository."""
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*name, "commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run(["git", "-C", str(clone), *command], check=True)

@@ -1,14 +1,15 @@
 """Plan: what a run asks of train.py, where its record goes, and what is run when."""
 
+import fcntl
 import shutil
 from dataclasses import replace
 
 import pytest
-from benchmark_cases import OURS, make_benchmark
+from benchmark_cases import OURS, commit, make_benchmark
 
 from peft_talora.benchmark.plan import run_seeds
 from peft_talora.benchmark.protocols import SYNTHETIC_3, SYNTHETIC_6
-from peft_talora.benchmark.records import check_record, describe_weights, read_record, write_record
+from peft_talora.benchmark.records import check_record, describe_commit, describe_weights, read_record, write_record
 
 
 def test_other_weights_of_a_base_of_the_same_name_are_another_setting(tmp_path, sam_folder):
@@ -67,3 +68,42 @@ def test_every_variant_has_a_record_of_every_seed_and_only_what_is_missing_is_ru
     assert not any(path.is_file() for path in benchmark.work.rglob("*"))
     with pytest.raises(ValueError, match=r"num_images=8 \(not 16\)"):
         run_seeds(replace(benchmark, changes={**benchmark.changes, "num_images": 16}))
+
+
+def test_a_run_that_diverges_says_which_and_what_to_do_and_ends_the_others(tmp_path):
+    variants = {
+        "wait": {"method": "wait", "learning_rate": 1e-3},
+        "r-4": {"method": "talora", "r": 4, "learning_rate": 3.0},
+        "talora": {"method": "talora", "learning_rate": 3.0},
+    }
+    benchmark = make_benchmark(tmp_path, variants=variants)
+    advice = "widen the learning rates of talora downwards on synthetic-3"
+    with pytest.raises(RuntimeError, match=f"r-4, a variant of talora, diverged with seed 0 and .* rate 3: {advice}"):
+        run_seeds(benchmark)
+    assert not benchmark.record_file("r-4", 0).exists()
+    with benchmark.job("wait-seed0", SYNTHETIC_3, {}).log.open("r+") as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a process that is alive would hold
+    del variants["wait"], variants["r-4"]
+    with pytest.raises(RuntimeError, match=f"^talora diverged with seed 0 and learning rate 3: {advice}"):
+        run_seeds(benchmark)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git makes the commits")
+@pytest.mark.parametrize("moved", [False, True], ids=["same commit", "another commit"])
+def test_a_record_s_commit_is_that_of_the_whole_run(tmp_path, moved):
+    variants = {"talora": {"method": "talora", "learning_rate": 1e-3}}
+    benchmark = make_benchmark(tmp_path, variants=variants)
+    commit(benchmark.root)
+    choices = {**variants["talora"], "seed": 0}
+    settings = benchmark.settings(SYNTHETIC_3)
+    interrupted = benchmark.job("talora-seed0", SYNTHETIC_3, {**settings, **choices})
+    interrupted.command()
+    progress = interrupted.folder / "checkpoint-1" / "progress.json"
+    progress.parent.mkdir()
+    progress.write_text("{}")
+    if moved:
+        commit(benchmark.root)
+    run_seeds(benchmark)
+    found = read_record(benchmark.record_file("talora", 0))
+    assert found.commit == describe_commit(benchmark.root)
+    assert found.versions == {"resumed": str(not moved)}

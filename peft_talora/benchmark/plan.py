@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..small_sam import SMALL_SAM
 from .jobs import Job, run_jobs
-from .protocols import Protocol
-from .records import Record, check_record, describe_commit, describe_hardware, describe_weights, write_record
+from .protocols import SYNTHETIC_3, Protocol
+from .records import Record, check_record, describe_hardware, describe_weights, write_record
+
+DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is no finite number
 
 
 @dataclass(frozen=True)
@@ -108,40 +111,54 @@ def run_seeds(benchmark: Benchmark) -> None:
     settings, wanted = benchmark.settings(benchmark.protocol), []
     for seed, name in ((seed, name) for seed in benchmark.seeds for name in benchmark.variants):
         choices = {**benchmark.variants[name], "seed": seed}
-        job = benchmark.job(f"{name}-seed{seed}", benchmark.protocol, {**settings, **choices})
+        job = benchmark.job(f"{name}-seed{seed}", benchmark.protocol, {**settings, **choices}, accepted_error=DIVERGED)
         wanted.append(Wanted(name, benchmark.record_file(name, seed), choices, job))
-    run_missing(benchmark, benchmark.protocol, settings, wanted)
+    run_missing(benchmark, benchmark.protocol, settings, wanted, may_diverge=False)
 
 
-def run_missing(benchmark: Benchmark, protocol: Protocol, settings: dict, wanted: Sequence[Wanted]) -> None:
-    """Run what has no record yet; write a record as soon as a run has ended."""
+def run_missing(
+    benchmark: Benchmark, protocol: Protocol, settings: dict, wanted: Sequence[Wanted], may_diverge: bool
+) -> None:
+    """Run what has no record yet; write a record as soon as a run has ended.
+
+    Raises:
+        ValueError: If there is a record of other settings or choices.
+        RuntimeError: If a run fails, or diverges where it may not.
+    """
     for run in wanted:
         if run.file.exists():
             check_record(run.file, settings, run.choices)
     runs = {run.job.folder: run for run in wanted if not run.file.exists()}
     benchmark.say(f"{protocol.name}: {len(wanted) - len(runs)} of {len(wanted)} runs are done")
-    commits = {}  # as each run starts: what is committed while it runs is no part of it
+    # Closed at once where this raises: the runs under way end with it.
+    with closing(run_jobs([run.job for run in runs.values()], benchmark.workers)) as jobs:
+        for count, job in enumerate(jobs, 1):
+            run = runs[job.folder]
+            diverged = job.failed_acceptably()
+            if diverged and not may_diverge:
+                raise _divergence(run)
+            results = {"after": {}, "parameters": {}} if diverged else job.results()
+            record = Record(
+                protocol=protocol.name,
+                name=run.name,
+                settings=settings,
+                choices=run.choices,
+                metrics=results["after"],
+                validation=None if diverged else results["validation"],
+                parameters=results["parameters"],
+                commit=job.commit,
+                hardware=describe_hardware(benchmark.num_threads),
+                versions=results.get("versions", {}),
+            )
+            write_record(run.file, record)
+            job.discard()
+            benchmark.say(f"{job.name}: {'diverged' if diverged else 'done'}, {len(runs) - count} to go")
 
-    def note_commit(job: Job) -> None:
-        commits[job.folder] = describe_commit(benchmark.root)
 
-    jobs = [run.job for run in runs.values()]
-    for count, job in enumerate(run_jobs(jobs, benchmark.workers, note_commit), 1):
-        run = runs[job.folder]
-        diverged = job.failed_acceptably()
-        results = {"after": {}, "parameters": {}} if diverged else job.results()
-        record = Record(
-            protocol=protocol.name,
-            name=run.name,
-            settings=settings,
-            choices=run.choices,
-            metrics=results["after"],
-            validation=None if diverged else results["validation"],
-            parameters=results["parameters"],
-            commit=commits[job.folder],
-            hardware=describe_hardware(benchmark.num_threads),
-            versions=results.get("versions", {}),
-        )
-        write_record(run.file, record)
-        job.discard()
-        benchmark.say(f"{job.name}: {'diverged' if diverged else 'done'}, {len(runs) - count} to go")
+def _divergence(run: Wanted) -> RuntimeError:
+    method, seed, rate = (run.choices[name] for name in ("method", "seed", "learning_rate"))
+    what = method if run.name == method else f"{run.name}, a variant of {method},"
+    return RuntimeError(
+        f"{what} diverged with seed {seed} and learning rate {rate:g}: widen the learning rates of {method} downwards "
+        f"on {SYNTHETIC_3.name} (`methods`, `learning_rates`), or give a single lower one. The log is {run.job.log}."
+    )

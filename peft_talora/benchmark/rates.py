@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files import write_aside, write_json
-from .plan import Benchmark, Wanted, run_missing
+from .plan import DIVERGED, Benchmark, Wanted, run_missing
 from .protocols import SYNTHETIC_3
 from .records import Record, read_record
 
-DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is no finite number
 TUNING_SEED = 100  # of the learning rates' choice; no table has a run with it
 
 
@@ -59,7 +58,7 @@ def tune(
         job = benchmark.job(f"learning-rates/{name}", SYNTHETIC_3, {**settings, **choices}, accepted_error=DIVERGED)
         file = benchmark.output / "runs" / "learning-rates" / f"{name}.json"
         wanted[method, rate] = Wanted(method, file, choices, job)
-    run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()))
+    run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()), may_diverge=True)
     table = dict(known)
     for method, rates in grids.items():
         losses = {rate: read_record(wanted[method, rate].file).validation_loss for rate in rates}
