@@ -1,8 +1,10 @@
-"""Jobs: several at a time, stopped together, gone on with from checkpoints of the same arguments."""
+"""Jobs: several at a time, stopped together, gone on with from checkpoints of the same arguments and commit."""
 
 import json
+import shutil
 
 import pytest
+from benchmark_cases import commit
 
 from peft_talora.benchmark.jobs import Job, run_jobs
 
@@ -24,7 +26,8 @@ if flags["--end"] == "fail":
 
 @pytest.fixture
 def make_job(tmp_path):
-    script = tmp_path / "train.py"
+    script = tmp_path / "clone" / "recipes" / "train.py"
+    script.parent.mkdir(parents=True)
     script.write_text(SCRIPT)
 
     def make(name, end="well", others=None, **arguments):
@@ -72,6 +75,22 @@ def test_a_checkpoint_of_the_same_arguments_is_gone_on_with(make_job):
     assert job.command()[-2:] == ["--resume_from_checkpoint", "latest"]
     assert make_job("a", seed=0, others={"num_threads": 2}).command()[-1] == "latest"
     assert "latest" not in make_job("a", seed=1).command()
+    assert not checkpoint.exists()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git makes the commits")
+def test_a_checkpoint_of_another_commit_is_not_gone_on_with(make_job, tmp_path):
+    job = make_job("a", seed=0)
+    commit(tmp_path / "clone")
+    job.command()
+    first, checkpoint = job.commit, job.folder / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "progress.json").write_text(json.dumps({}))
+    assert job.command()[-1] == "latest"
+    commit(tmp_path / "clone")
+    assert job.commit == first, "what is committed while it runs is no part of it"
+    assert "latest" not in job.command()
+    assert job.commit not in (first, None)
     assert not checkpoint.exists()
 
 

@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from ..files import write_aside, write_json
+from .records import describe_commit
 
-_ARGUMENTS_NAME = "benchmark.json"
+_ORIGIN_NAME = "benchmark.json"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Job:
 
     Attributes:
         name: In messages.
-        script: The recipe.
+        script: The recipe, in a folder of the clone.
         arguments: Those that decide the outcome; None and lists as in a YAML file.
         others: Those that do not.
         folder: Where it works; deleted by `discard`.
@@ -43,6 +44,11 @@ class Job:
         """What the process says, of its last start."""
         return self.folder / "log.txt"
 
+    @property
+    def commit(self) -> str | None:
+        """The code's commit when the run started; what is committed while it runs is no part of it."""
+        return json.loads((self.folder / _ORIGIN_NAME).read_text())["commit"]
+
     def results(self) -> dict[str, Any]:
         """The content of the run's `results.json`."""
         return json.loads((self.folder / "results.json").read_text())
@@ -53,15 +59,16 @@ class Job:
         return error is not None and any(line.startswith(error) for line in self._last_lines())
 
     def command(self) -> list[str]:
-        """What is called: from the last checkpoint on, if there is one of the same arguments.
+        """What is called: from the last checkpoint on, if there is one of the same arguments and commit.
 
-        What a run with other arguments left in the folder is deleted.
+        What a run with other arguments or of another commit left in the folder is deleted: a run is of one code.
         """
-        file, wanted = self.folder / _ARGUMENTS_NAME, json.loads(json.dumps(dict(self.arguments)))
+        origin = {"arguments": dict(self.arguments), "commit": describe_commit(self.script.parent.parent)}
+        file, wanted = self.folder / _ORIGIN_NAME, json.loads(json.dumps(origin))
         if self.folder.exists() and not (file.exists() and json.loads(file.read_text()) == wanted):
             shutil.rmtree(self.folder)
         with write_aside(self.folder) as aside:
-            write_json(aside / _ARGUMENTS_NAME, wanted)
+            write_json(aside / _ORIGIN_NAME, wanted)
         arguments = {**self.arguments, **self.others, "output_dir": self.folder}
         if any(self.folder.glob("**/checkpoint-*/progress.json")):
             arguments["resume_from_checkpoint"] = "latest"
@@ -105,10 +112,8 @@ class Job:
         return RuntimeError(f"{self.name} failed with exit code {code}; the end of {self.log}:\n{lines}")
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, starting: Callable[[Job], None] | None = None) -> Iterator[Job]:
+def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
     """Run jobs, `workers` at a time, and give each one when it has ended.
-
-    `starting` is called with each one before it starts.
 
     If one fails, or the caller stops, those under way are ended; they go on from their checkpoints another time.
 
@@ -122,8 +127,6 @@ def run_jobs(jobs: Sequence[Job], workers: int, starting: Callable[[Job], None] 
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                if starting is not None:
-                    starting(job)
                 running[job.folder] = job, job.start()
             ended = [folder for folder, (_, process) in running.items() if process.poll() is not None]
             for folder in ended:

@@ -1,0 +1,60 @@
+"""Step time and peak memory of what is compared, by short runs, one at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+
+from ..files import write_aside, write_json
+from .jobs import run_jobs
+from .plan import Benchmark
+from .protocols import link_first_images
+from .records import describe_commit, describe_hardware
+
+
+def measure_cost(benchmark: Benchmark, steps: int, rounds: int) -> None:
+    """Write `cost_file`: step time and peak memory of all variants, measured in one go, all of them in every round.
+
+    Figures of an earlier go that lack a variant are replaced, not added to: the machine may have been slower then.
+
+    Args:
+        benchmark: What is compared.
+        steps: Of a run.
+        rounds: Runs of each variant, in turns; medians are written.
+    """
+    protocol, variants, file = benchmark.protocol, benchmark.variants, benchmark.cost_file
+    settings = benchmark.settings(protocol)
+    found = json.loads(file.read_text()) if file.exists() else {"methods": {}}
+    if found.get("settings") == settings and variants.keys() <= found["methods"].keys():
+        return
+    images = steps * settings["per_device_train_batch_size"]
+    short = {**settings, "num_train_epochs": 1}
+    others = {"per_device_eval_batch_size": 1}
+    if protocol.generated:
+        short["num_images"] = images
+    else:
+        others["data_root"] = link_first_images(benchmark.data_root, benchmark.work / "first-images", protocol, images)
+    # What an interrupted go left would be resumed at its end, and its figures taken for this go's.
+    shutil.rmtree(benchmark.work / protocol.name / "cost", ignore_errors=True)
+    measured: dict[str, list[dict]] = {name: [] for name in variants}
+    for turn in range(rounds):
+        for name, choices in variants.items():
+            job = benchmark.job(f"cost/{name}-{turn}", protocol, {**short, **choices, "seed": 0}, others)
+            for ended in run_jobs([job], 1):
+                measured[name].append({key: ended.results()[key] for key in ("step_seconds", "peak_mib")})
+                ended.discard()
+            benchmark.say(f"{job.name}: {measured[name][-1]}")
+    costs = {
+        "settings": settings,
+        "steps": steps,
+        "rounds": rounds,
+        "commit": describe_commit(benchmark.root),
+        "hardware": describe_hardware(benchmark.num_threads),
+        "methods": {
+            name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+            for name, turns in measured.items()
+        },
+    }
+    with write_aside(file.parent) as aside:
+        write_json(aside / file.name, costs)

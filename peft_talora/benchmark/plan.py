@@ -1,0 +1,164 @@
+"""What a benchmark compares, the runs that it asks for, and running those that have no record yet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..small_sam import SMALL_SAM
+from .jobs import Job, run_jobs
+from .protocols import SYNTHETIC_3, Protocol
+from .records import Record, check_record, describe_hardware, describe_weights, write_record
+
+DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is no finite number
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is compared, on which images, from which base, and where runs and records are.
+
+    Attributes:
+        protocol: Whose table is made.
+        variants: By name, what a run of it asks of train.py beside the protocol; `learning_rate` once it is chosen.
+        ablation: Whether they are variants of talora, with records apart from those of the methods.
+        seeds: Of the runs of each.
+        changes: Arguments of train.py in place of the protocol's own.
+        data_root: Folder with the protocol's images and labels; None where they are generated.
+        base: SAM checkpoint; None is train.py's own.
+        workers: Runs at a time.
+        num_threads: CPU threads of each.
+        root: Folder of the clone, with `recipes/train.py`.
+        output: Folder of tables, and of records under `runs`.
+        work: Folder of runs under way.
+        say: Called with each line that there is to show.
+    """
+
+    protocol: Protocol
+    variants: dict[str, dict[str, Any]]
+    ablation: bool
+    seeds: range
+    changes: Mapping[str, Any]
+    data_root: str | None
+    base: str | None
+    workers: int
+    num_threads: int
+    root: Path
+    output: Path
+    work: Path
+    say: Callable[[str], None]
+
+    @property
+    def records(self) -> Path:
+        """Folder of the protocol's records, and of its ablations' under `ablations`."""
+        return self.output / "runs" / self.protocol.name
+
+    @property
+    def rates_file(self) -> Path:
+        """The learning rates that were chosen."""
+        return self.output / "learning-rates.json"
+
+    @property
+    def cost_file(self) -> Path:
+        """Time and memory."""
+        return (self.records / "ablations" if self.ablation else self.records) / "cost.json"
+
+    def record_file(self, name: str, seed: int) -> Path:
+        """Talora itself, which ablations are compared with, is the same run in both tables."""
+        folder = self.records / "ablations" if self.ablation and name != "talora" else self.records
+        return folder / f"{name}-seed{seed}.json"
+
+    def settings(self, protocol: Protocol) -> dict[str, Any]:
+        """What all runs on a protocol share; `changes` go for the benchmark's own protocol alone."""
+        shared = protocol.train_arguments()
+        if protocol is self.protocol:
+            shared |= self.changes
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        weights = describe_weights(self.base or SMALL_SAM)
+        return {**shared, "base": self.base, "base_weights": weights, "mixed_precision": precision}
+
+    def job(self, folder: str, protocol: Protocol, arguments: dict, others: Mapping | None = None, **fields) -> Job:
+        """A run of train.py; `others` are arguments that decide nothing."""
+        common = {"num_threads": self.num_threads, "measure_before": False, "save_total_limit": 1}
+        if protocol is self.protocol:
+            common["data_root"] = self.data_root
+        return Job(
+            name=f"{protocol.name}/{folder}",
+            script=self.root / "recipes" / "train.py",
+            # The precision comes with the environment, the weights with the base.
+            arguments={k: v for k, v in arguments.items() if k not in ("mixed_precision", "base_weights")},
+            others={**common, **(others or {})},
+            folder=self.work / protocol.name / folder,
+            **fields,
+        )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that is wanted: its record's file, and the job that makes it."""
+
+    name: str
+    file: Path
+    choices: dict[str, Any]
+    job: Job
+
+
+def run_seeds(benchmark: Benchmark) -> None:
+    """Train every variant with every seed."""
+    settings, wanted = benchmark.settings(benchmark.protocol), []
+    for seed, name in ((seed, name) for seed in benchmark.seeds for name in benchmark.variants):
+        choices = {**benchmark.variants[name], "seed": seed}
+        job = benchmark.job(f"{name}-seed{seed}", benchmark.protocol, {**settings, **choices}, accepted_error=DIVERGED)
+        wanted.append(Wanted(name, benchmark.record_file(name, seed), choices, job))
+    run_missing(benchmark, benchmark.protocol, settings, wanted, may_diverge=False)
+
+
+def run_missing(
+    benchmark: Benchmark, protocol: Protocol, settings: dict, wanted: Sequence[Wanted], may_diverge: bool
+) -> None:
+    """Run what has no record yet; write a record as soon as a run has ended.
+
+    Raises:
+        ValueError: If there is a record of other settings or choices.
+        RuntimeError: If a run fails, or diverges where it may not.
+    """
+    for run in wanted:
+        if run.file.exists():
+            check_record(run.file, settings, run.choices)
+    runs = {run.job.folder: run for run in wanted if not run.file.exists()}
+    benchmark.say(f"{protocol.name}: {len(wanted) - len(runs)} of {len(wanted)} runs are done")
+    # Closed at once where this raises: the runs under way end with it.
+    with closing(run_jobs([run.job for run in runs.values()], benchmark.workers)) as jobs:
+        for count, job in enumerate(jobs, 1):
+            run = runs[job.folder]
+            diverged = job.failed_acceptably()
+            if diverged and not may_diverge:
+                raise _divergence(run)
+            results = {"after": {}, "parameters": {}} if diverged else job.results()
+            record = Record(
+                protocol=protocol.name,
+                name=run.name,
+                settings=settings,
+                choices=run.choices,
+                metrics=results["after"],
+                validation=None if diverged else results["validation"],
+                parameters=results["parameters"],
+                commit=job.commit,
+                hardware=describe_hardware(benchmark.num_threads),
+                versions=results.get("versions", {}),
+            )
+            write_record(run.file, record)
+            job.discard()
+            benchmark.say(f"{job.name}: {'diverged' if diverged else 'done'}, {len(runs) - count} to go")
+
+
+def _divergence(run: Wanted) -> RuntimeError:
+    method, seed, rate = (run.choices[name] for name in ("method", "seed", "learning_rate"))
+    what = method if run.name == method else f"{run.name}, a variant of {method},"
+    return RuntimeError(
+        f"{what} diverged with seed {seed} and learning rate {rate:g}: widen the learning rates of {method} downwards "
+        f"on {SYNTHETIC_3.name} (`methods`, `learning_rates`), or give a single lower one. The log is {run.job.log}."
+    )

@@ -1,0 +1,97 @@
+"""The learning rate of a method: chosen by validation loss on synthetic-3, kept for all protocols."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..files import write_aside, write_json
+from .plan import DIVERGED, Benchmark, Wanted, run_missing
+from .protocols import SYNTHETIC_3
+from .records import Record, read_record
+
+TUNING_SEED = 100  # of the learning rates' choice; no table has a run with it
+
+
+def choose(benchmark: Benchmark, learning_rates: Sequence[float], tuning: bool) -> dict[str, float]:
+    """Method → learning rate: that of the lowest validation loss, summed over the tasks, on synthetic-3.
+
+    Args:
+        benchmark: Whose methods need one.
+        learning_rates: To choose from; a single one is taken.
+        tuning: Whether runs that are missing for the choice are run; otherwise all is chosen already.
+    """
+    file = benchmark.rates_file
+    methods = {choices["method"] for choices in benchmark.variants.values()}
+    if len(learning_rates) == 1:
+        return dict.fromkeys(methods, learning_rates[0])
+    chosen, settings = {"methods": {}}, benchmark.settings(SYNTHETIC_3)
+    if file.exists():
+        chosen = json.loads(file.read_text())
+        # For another protocol, what was chosen on synthetic-3 is taken as it is, but only for the same base.
+        names = settings if benchmark.protocol is SYNTHETIC_3 else ["base", "base_weights"]
+        if differing := [name for name in names if chosen["settings"].get(name) != settings[name]]:
+            raise ValueError(f"{file} is of runs with other {', '.join(differing)}: delete it, or give the same.")
+    wanted = methods if benchmark.protocol is SYNTHETIC_3 else methods - chosen["methods"].keys()
+    if tuning and wanted:
+        chosen = tune(benchmark, sorted(wanted), learning_rates, chosen["methods"])
+        with write_aside(file.parent) as aside:
+            write_json(aside / file.name, chosen)
+    if missing := sorted(methods - chosen["methods"].keys()):
+        raise ValueError(f"{file} has no learning rate of {', '.join(missing)}: run the stage `learning_rates` first.")
+    return {method: chosen["methods"][method]["learning_rate"] for method in methods}
+
+
+def tune(
+    benchmark: Benchmark, methods: Sequence[str], learning_rates: Sequence[float], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Train each method with each learning rate; what is written as learning-rates.json, with the `known` methods."""
+    settings, wanted = benchmark.settings(SYNTHETIC_3), {}
+    # Rates of earlier searches count too, so that one method's can be widened alone.
+    tried = {method: known.get(method, {}).get("validation_loss", {}) for method in methods}
+    grids = {method: sorted({*learning_rates, *map(float, tried[method])}) for method in methods}
+    for method, rate in ((name, rate) for name, rates in grids.items() for rate in rates):
+        choices = {"method": method, "seed": TUNING_SEED, "learning_rate": rate}
+        name = f"{method}-{rate:g}-seed{TUNING_SEED}"
+        job = benchmark.job(f"learning-rates/{name}", SYNTHETIC_3, {**settings, **choices}, accepted_error=DIVERGED)
+        file = benchmark.output / "runs" / "learning-rates" / f"{name}.json"
+        wanted[method, rate] = Wanted(method, file, choices, job)
+    run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()), may_diverge=True)
+    table = dict(known)
+    for method, rates in grids.items():
+        losses = {rate: read_record(wanted[method, rate].file).validation_loss for rate in rates}
+        best = min(losses, key=losses.get)
+        if math.isinf(losses[best]):
+            raise RuntimeError(f"{method} diverged with every learning rate of {rates}: give lower ones.")
+        at_border = best in (rates[0], rates[-1])
+        table[method] = {"learning_rate": best, "at_border": at_border, "validation_loss": losses}
+        benchmark.say(f"{method}: learning rate {best:g}, validation losses {losses}")
+        if at_border:
+            benchmark.say(
+                f"WARNING: {best:g} is at the border of the learning rates tried for {method}: give more of them."
+            )
+    return {"protocol": SYNTHETIC_3.name, "seed": TUNING_SEED, "settings": settings, "methods": table}
+
+
+def rate_notes(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
+    """What a reader must know of the records' learning rates."""
+    file, notes = benchmark.rates_file, []
+    if benchmark.ablation:
+        notes.append("All variants have the learning rate that was chosen for talora itself.")
+    if not file.exists():
+        return notes
+    used = {record.choices["method"]: record.choices["learning_rate"] for record in records}
+    chosen = json.loads(file.read_text())["methods"]
+    chosen = {m: found for m, found in chosen.items() if used.get(m) == found["learning_rate"]}
+    if chosen:
+        notes.append(
+            f"Learning rates are those of the lowest validation loss on {SYNTHETIC_3.name}, one for all tasks of a "
+            "method."
+        )
+    for method, found in chosen.items():
+        if found["at_border"]:
+            tried = ", ".join(f"{float(rate):g}" for rate in found["validation_loss"])
+            notes.append(f"The learning rate of {method}, {used[method]:g}, is at the border of those tried: {tried}.")
+    return notes

@@ -1,0 +1,83 @@
+"""Rates: the lowest validation loss chooses, earlier searches count, another base is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from benchmark_cases import make_benchmark, record
+
+from peft_talora.benchmark.protocols import SYNTHETIC_3, SYNTHETIC_6
+from peft_talora.benchmark.rates import choose, rate_notes
+from peft_talora.benchmark.records import read_record, write_record
+
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+def write_tuning(tmp_path, losses):
+    """Records of what a search of learning rates has found for talora: rate → loss."""
+    benchmark = make_benchmark(tmp_path)
+    for rate, loss in losses.items():
+        choices = {"method": "talora", "seed": 100, "learning_rate": rate}
+        validation = None if loss is None else {"metrics": {}, "losses": {"depth": loss / 2, "normals": loss / 2}}
+        made = record("talora", 100, (1, 1, 1, 1), choices=choices, validation=validation)
+        file = benchmark.output / "runs" / "learning-rates" / f"talora-{rate:g}-seed100.json"
+        write_record(file, replace(made, settings=benchmark.settings(SYNTHETIC_3)))
+    return benchmark
+
+
+def test_the_learning_rate_is_that_of_the_lowest_validation_loss(tmp_path, capsys):
+    benchmark = write_tuning(tmp_path, {3e-4: 2.0, 1e-3: 1.5, 3e-3: None})
+    assert choose(benchmark, RATES, tuning=True) == {"talora": 1e-3}
+    assert "WARNING" not in capsys.readouterr().out
+    found = json.loads((benchmark.output / "learning-rates.json").read_text())
+    assert found["methods"]["talora"]["validation_loss"] == {"0.0003": 2.0, "0.001": 1.5, "0.003": None}
+    benchmark = write_tuning(tmp_path, {3e-3: 1.0})
+    assert choose(benchmark, RATES, tuning=True) == {"talora": 3e-3}
+    assert "WARNING: 0.003 is at the border" in capsys.readouterr().out
+
+
+def test_learning_rates_of_earlier_searches_count_and_a_border_is_noted(tmp_path):
+    benchmark = write_tuning(tmp_path, {3e-4: 1.0, 1e-3: 1.5, 3e-3: 2.0})
+    choose(benchmark, RATES, tuning=True)
+    used = {"method": "talora", "seed": 0, "learning_rate": 3e-4}
+    records = [record("talora", 0, (1, 1, 1, 1), choices=used)]
+    where = "Learning rates are those of the lowest validation loss on synthetic-3, one for all tasks of a method."
+    assert rate_notes(benchmark, records) == [
+        where,
+        "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003.",
+    ]
+    wider = write_tuning(tmp_path, {1e-4: 0.5, 3e-5: 0.7})
+    assert choose(wider, (3e-5, 1e-4), tuning=True) == {"talora": 1e-4}
+    assert choose(benchmark, RATES, tuning=True) == {"talora": 1e-4}, "the earlier grid does not lose it"
+    assert rate_notes(benchmark, records) == [], "the records have another rate"
+    records = [replace(records[0], choices={**used, "learning_rate": 1e-4})]
+    assert rate_notes(benchmark, records) == [where]
+
+
+def test_learning_rates_are_kept_for_other_protocols_and_not_for_other_bases(tmp_path):
+    choose(write_tuning(tmp_path, {3e-4: 2.0, 1e-3: 1.5, 3e-3: 3.0}), RATES, tuning=True)
+    talora, heads = ({name: {"method": name}} for name in ("talora", "heads"))
+    larger = {"num_images": 16, "num_train_epochs": 1}
+    other = make_benchmark(tmp_path, protocol=SYNTHETIC_6, changes=larger)
+    assert choose(other, RATES, tuning=True) == {"talora": 1e-3}
+    with pytest.raises(ValueError, match="no learning rate of heads: run the stage"):
+        choose(replace(other, variants=talora | heads), RATES, tuning=False)
+    with pytest.raises(ValueError, match="with other base, base_weights"):
+        choose(replace(other, base="another"), RATES, tuning=True)
+    with pytest.raises(ValueError, match="with other num_images"):
+        choose(make_benchmark(tmp_path, changes=larger), RATES, tuning=True)
+
+
+def test_a_single_learning_rate_is_taken(tmp_path):
+    benchmark = make_benchmark(tmp_path)
+    assert choose(benchmark, (0.5,), tuning=True) == {"talora": 0.5}
+    assert not benchmark.output.exists()
+
+
+def test_divergence_is_an_outcome_of_the_search_unless_nothing_else_comes(tmp_path):
+    benchmark = make_benchmark(tmp_path)
+    with pytest.raises(RuntimeError, match=r"talora diverged with every learning rate of \[2, 3\]: give lower ones"):
+        choose(benchmark, (2, 3), tuning=True)
+    assert choose(benchmark, (0.5, 0.7, 2), tuning=True) == {"talora": 0.5}
+    diverged = benchmark.output / "runs" / "learning-rates" / "talora-2-seed100.json"
+    assert read_record(diverged).validation is None
