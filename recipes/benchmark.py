@@ -44,6 +44,7 @@ def ablations(num_tasks: int) -> dict[str, dict[str, Any]]:
     return {
         **{f"r_task-{k}": {"r_task": k} for k in range(1, num_tasks + 2) if k != min(num_tasks, 4)},
         **{f"r-{r}": {"r": r} for r in (4, 8, 32)},
+        **{f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (16.0, 32.0)},
         "decoder-token": {"decoder_mode": "token"},
         "norms-frozen": {"train_norms": False},
         "start-gaussian": {"init_weights": "gaussian"},
