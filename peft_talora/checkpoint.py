@@ -37,7 +37,7 @@ class Progress:
         step: Optimiser steps done.
         epoch: The epoch under way.
         batch: Batches done of that epoch.
-        best_loss: Lowest validation loss (sum over the tasks) so far.
+        best_loss: Lowest validation loss (weighted sum over the tasks) so far.
         best_step: Its step.
         images: Images trained on.
         seconds: Time spent in training steps.
@@ -59,9 +59,8 @@ class Progress:
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def note_validation(self, metrics: dict[str, dict[str, float]], losses: dict[str, float]) -> bool:
-        """Add the figures of the validation images to the history; whether the sum of losses is the lowest so far."""
-        loss = sum(losses.values())
+    def note_validation(self, metrics: dict[str, dict[str, float]], losses: dict[str, float], loss: float) -> bool:
+        """Add the figures of the validation images to the history; whether `loss`, of all tasks, is the lowest yet."""
         self.history.append({"step": self.step, "loss": loss, "losses": losses, "metrics": metrics})
         if self.best_loss is not None and loss >= self.best_loss:
             return False

@@ -5,6 +5,7 @@ Axes: B images, T tasks, C channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from .data import SYNTHETIC_TASKS, AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes
 from .losses import IGNORE_INDEX
 from .msam_config import task_entries
-from .tasks import KINDS, Task
+from .tasks import KINDS, Task, default_weight
 
 TaskOrder = Literal["folded", "sequential"]
 Activate = Callable[[Sequence[str]], None]
@@ -145,6 +146,30 @@ def parse_tasks(args: DataArguments, texts: Sequence[str]) -> list[dict[str, Any
         ValueError: As `parse_task` does, and for a name that occurs twice.
     """
     return task_entries([parse_task(text, {} if args.data_root else SYNTHETIC_TASKS) for text in texts])
+
+
+def parse_weights(texts: Sequence[str], tasks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The weight of every task's loss: as given, else `default_weight` of its kind.
+
+    Args:
+        texts: `name=weight`, each of a task.
+        tasks: Entries as [`parse_tasks`] gives them.
+
+    Raises:
+        ValueError: For an unknown task, or a weight that is no positive number.
+    """
+    weights = {task["name"]: default_weight(task["kind"]) for task in tasks}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in weights:
+            raise ValueError(f"`loss_weights` has {text!r}; write name=weight, with a name of {', '.join(weights)}.")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise ValueError(f"`loss_weights` has {text!r}; a weight is a positive number.")
+    return weights
 
 
 def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_size: int) -> Dataset:
@@ -271,10 +296,11 @@ def backward(
     model: nn.Module,
     batch: Mapping[str, Any],
     order: TaskOrder,
+    weights: Mapping[str, float],
     regularizer: Callable[[], torch.Tensor] | None = None,
     activate: Activate = keep_active,
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward of all tasks of a batch: the gradients of the sum of their losses.
+    """Forward and backward of all tasks of a batch: the gradients of the weighted sum of their losses.
 
     Task by task, each task's backward comes before the next one's forward, so that one task's activations are held at
     a time. Both orders give the same gradients.
@@ -284,11 +310,12 @@ def backward(
         model: An mSAM, adapted or not.
         batch: As a `Collator` makes it, on the model's device.
         order: `folded` or `sequential`.
+        weights: Of the losses, by task.
         regularizer: Gives a scalar that is added to the losses once, whatever the order.
         activate: Called with the tasks of each pass before it.
 
     Returns:
-        Each task's loss, detached.
+        Each task's loss, detached, without its weight.
     """
     losses = {}
     groups = task_groups(list(batch["labels"]), order)
@@ -302,6 +329,7 @@ def backward(
         )
         # With the last loss, in its one backward: several processes average the gradients of each backward once.
         last = regularizer is not None and group is groups[-1]
-        accelerator.backward(output.loss + regularizer() if last else output.loss)
+        loss = sum(weights[name] * loss for name, loss in output.losses.items())
+        accelerator.backward(loss + regularizer() if last else loss)
         losses |= {name: loss.detach() for name, loss in output.losses.items()}
     return losses

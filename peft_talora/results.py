@@ -88,7 +88,7 @@ def of_run(accelerator: Accelerator, model: PeftModel, progress: Progress) -> di
     """
     best = next(entry for entry in progress.history if entry["step"] == progress.best_step)
     return {
-        "validation": {"metrics": best["metrics"], "losses": best["losses"]},
+        "validation": {name: best[name] for name in ("metrics", "losses", "loss")},
         "parameters": count_parameters(model),
         "images_per_second": progress.images / progress.seconds,
         "step_seconds": statistics.median(progress.step_seconds[WARM_UP:] or progress.step_seconds),
@@ -120,16 +120,17 @@ def restrict(results: Mapping[str, Any], tasks: Collection[str]) -> dict[str, An
 def combine(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a run per task as those of one that trains all of them.
 
-    Metrics and losses are put together; parameters and the time of a step are sums (a step is then one of every run),
-    peak memory is the largest. The rest is the same in all runs, or is given by task.
+    Metrics and losses are put together. The loss of all tasks, parameters and the time of a step are sums (a step is
+    then one of every run), peak memory is the largest. The rest is the same in all runs, or is given by task.
     """
     first = next(iter(runs.values()))
     together = {moment: _merged(run[moment] for run in runs.values()) for moment in ("before", "after")}
-    parts = {part: _merged(run["validation"][part] for run in runs.values()) for part in first["validation"]}
+    validation = {part: _merged(run["validation"][part] for run in runs.values()) for part in ("metrics", "losses")}
+    validation["loss"] = sum(run["validation"]["loss"] for run in runs.values())
     parameters = {kind: sum(run["parameters"][kind] for run in runs.values()) for kind in first["parameters"]}
     return {
         **together,
-        "validation": parts,
+        "validation": validation,
         "parameters": parameters,
         "images_per_second": 1 / sum(1 / run["images_per_second"] for run in runs.values()),
         "step_seconds": sum(run["step_seconds"] for run in runs.values()),

@@ -192,6 +192,14 @@ KINDS: dict[str, Callable[[str, int], Task]] = {
 """The six usual kinds of task, and what makes a task of each from its name and channels."""
 
 
+def default_weight(kind: str) -> float:
+    """The weight of a task's loss beside other tasks': 4 for normals, whose 1 − cosine is small, and 1 for others.
+
+    These are the weights of the TA-LoRA paper (arXiv 2403.10971) for segmentation, depth and normals.
+    """
+    return 4.0 if kind == "normals" else 1.0
+
+
 def make_task(name: str, channels: int, kind: str | None = None) -> Task:
     """Make a task of one of the six usual kinds.
 

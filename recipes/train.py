@@ -43,6 +43,10 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     image_size: int | None = field(
         default=None, metadata={"help": "Long side of the encoder's input in pixels. None: the base's."}
     )
+    loss_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Weights of the tasks' losses as name=weight. Others: 4 of normals (the paper's), 1."},
+    )
     decoder_mode: str = field(default="channel", metadata={"help": "Heads: 'channel' (the paper's) or 'token'."})
     normalize: bool = field(default=True, metadata={"help": "Subtract SAM's mean colour and divide by its deviation."})
 
@@ -90,6 +94,7 @@ class Run:
     val_set: Dataset
     test_set: Dataset
     collator: data.Collator
+    weights: dict[str, float]  # of the losses, by task
     passes: dict  # keywords of training step and evaluation: the order of tasks, and what is switched before each
     total_steps: int
     progress: checkpoint.Progress
@@ -137,6 +142,7 @@ def train_apart(args: TrainArguments, method: str) -> None:
     for text, folder in zip(args.tasks, folders.values(), strict=True):
         begun = "latest" if resume and checkpoint.list_checkpoints(folder) else None
         single = replace(args, method=method, tasks=[text], output_dir=str(folder), resume_from_checkpoint=begun)
+        single.loss_weights = [w for w in args.loss_weights if w.partition("=")[0] == text.partition("=")[0]]
         single.allow_unlabelled = True  # of an image that another task has a label of
         if not (resume and is_finished(single)):
             train_one(single)
@@ -195,7 +201,9 @@ def train_epoch(run: Run, bar: tqdm) -> None:
     for batch in batches:
         loaded = time.perf_counter()
         with accelerator.accumulate(run.model):
-            losses = engine.backward(accelerator, run.model, batch, regularizer=regularizer, **run.passes)
+            losses = engine.backward(
+                accelerator, run.model, batch, weights=run.weights, regularizer=regularizer, **run.passes
+            )
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
             run.optimizer.step()
@@ -221,7 +229,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
 def validate(run: Run) -> None:
     """Measure on the validation images; if they never did better, keep the adapter."""
     metrics, losses = run.measure(run.val_set)
-    step, loss = run.progress.step, sum(losses.values())
+    step, loss = run.progress.step, sum(run.weights[name] * value for name, value in losses.items())
     run.accelerator.print(f"step {step}: validation loss {loss:.4f}, {report.headline(metrics)}")
     if not losses:
         raise ValueError(
@@ -229,7 +237,7 @@ def validate(run: Run) -> None:
         )
     if not math.isfinite(loss):
         raise FloatingPointError(f"the validation loss at step {step} is {loss}: lower `learning_rate`")
-    if run.progress.note_validation(metrics, losses):
+    if run.progress.note_validation(metrics, losses, loss):
         checkpoint.save_best(run.accelerator, run.model, run.output_dir)
 
 
@@ -272,6 +280,7 @@ def build(args: TrainArguments) -> Run:
         val_set=val_set,
         test_set=test_set,
         collator=collator,
+        weights=engine.parse_weights(args.loss_weights, base.config.tasks),
         passes=passes,
         total_steps=total_steps,
         progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
@@ -311,7 +320,7 @@ def check_arguments(args: TrainArguments, method: Method) -> None:
         raise ValueError(
             f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}; with a run per task allowed: 'latest'."
         )
-    engine.parse_tasks(args, args.tasks)
+    engine.parse_weights(args.loss_weights, engine.parse_tasks(args, args.tasks))
 
 
 def deciding_arguments(args: TrainArguments) -> dict:

@@ -24,6 +24,7 @@ from peft_talora import (
 from peft_talora.data import SYNTHETIC_TASKS
 
 TASKS = {name: SYNTHETIC_TASKS[name] for name in ("segmentation", "depth", "normals")}
+WEIGHTS = {"segmentation": 1.0, "depth": 2.0, "normals": 4.0}
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_folded_and_sequential_give_the_same_losses_and_gradients(accelerator, m
     found = {}
     for order in ("folded", "sequential"):
         model.zero_grad()
-        losses = engine.backward(accelerator, model, batch, order)
+        losses = engine.backward(accelerator, model, batch, order, WEIGHTS)
         found[order] = losses, gradients(model)
     for name, loss in found["folded"][0].items():
         torch.testing.assert_close(found["sequential"][0][name], loss)
@@ -73,12 +74,40 @@ def test_folded_and_sequential_give_the_same_losses_and_gradients(accelerator, m
 
 
 @pytest.mark.parametrize("order", ["folded", "sequential"])
+def test_gradients_are_those_of_the_weighted_sum(accelerator, model, collator, scenes, order):
+    batch = collator([scenes[0], scenes[1]])
+    model, batch["pixel_values"] = model.double(), batch["pixel_values"].double()
+    losses = engine.backward(accelerator, model, batch, order, WEIGHTS)
+    found, expected = gradients(model), {}
+    for task, weight in WEIGHTS.items():
+        model.zero_grad()
+        labels = {task: batch["labels"][task]}
+        alone = engine.backward(accelerator, model, {**batch, "labels": labels}, order, {task: 1.0})
+        torch.testing.assert_close(losses[task], alone[task])
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                expected[name] = expected.get(name, 0) + weight * parameter.grad
+    for name, grad in found.items():
+        scale = grad.abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(expected[name] / scale, grad / scale, atol=1e-8, rtol=0, msg=name)
+
+
+def test_weights_of_the_losses_are_those_of_the_kinds_or_as_given():
+    tasks = engine.parse_tasks(engine.DataArguments(), ["segmentation", "facing=normals:3", "depth"])
+    assert engine.parse_weights([], tasks) == {"segmentation": 1, "facing": 4, "depth": 1}
+    assert engine.parse_weights(["facing=2.5", "depth=3"], tasks) == {"segmentation": 1, "facing": 2.5, "depth": 3}
+    for text, message in (("edges=1", "name of segmentation, facing"), ("depth=0", "positive"), ("depth", "positive")):
+        with pytest.raises(ValueError, match=message):
+            engine.parse_weights([text], tasks)
+
+
+@pytest.mark.parametrize("order", ["folded", "sequential"])
 def test_a_regularizer_is_added_once(accelerator, model, collator, scenes, order):
     batch = collator([scenes[0], scenes[1]])
-    engine.backward(accelerator, model, batch, order)
+    engine.backward(accelerator, model, batch, order, WEIGHTS)
     without = gradients(model)
     model.zero_grad()
-    engine.backward(accelerator, model, batch, order, lambda: 10 * orthogonality_loss(model))
+    engine.backward(accelerator, model, batch, order, WEIGHTS, lambda: 10 * orthogonality_loss(model))
     found = gradients(model)
     model.zero_grad()
     (10 * orthogonality_loss(model)).backward()

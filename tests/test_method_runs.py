@@ -113,6 +113,7 @@ def test_figures_of_runs_per_task_are_put_together(trained):
     whole = read_results(trained / "lora-stl")
     runs = {task: read_results(trained / "lora-stl" / task) for task in TASKS}
     assert whole["after"] == {task: run["after"][task] for task, run in runs.items()}
+    assert whole["validation"]["loss"] == sum(run["validation"]["loss"] for run in runs.values())
     assert whole["validation"]["losses"] == {task: run["validation"]["losses"][task] for task, run in runs.items()}
     for kind, number in whole["parameters"].items():
         assert number == sum(run["parameters"][kind] for run in runs.values())

@@ -121,7 +121,7 @@ def test_shared_methods_serve_all_heads_by_one_encoder_pass(name, passes_of_a_st
     model, calls = shaken(model), []
     model.get_base_model().vision_encoder.register_forward_hook(lambda *_: calls.append(1))
     expected = {n for n, p in model.named_parameters() if p.requires_grad}
-    engine.backward(Accelerator(cpu=True), model, batch, **passes)
+    engine.backward(Accelerator(cpu=True), model, batch, weights=dict.fromkeys(TASKS, 1.0), **passes)
     assert len(calls) == passes_of_a_step
     found = {n for n, p in model.named_parameters() if p.requires_grad}
     assert found == expected == {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}

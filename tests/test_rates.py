@@ -18,7 +18,7 @@ def write_tuning(tmp_path, losses):
     benchmark = make_benchmark(tmp_path)
     for rate, loss in losses.items():
         choices = {"method": "talora", "seed": 100, "learning_rate": rate}
-        validation = None if loss is None else {"metrics": {}, "losses": {"depth": loss / 2, "normals": loss / 2}}
+        validation = None if loss is None else {"metrics": {}, "losses": {"depth": 0.1}, "loss": loss}
         made = record("talora", 100, (1, 1, 1, 1), choices=choices, validation=validation)
         file = benchmark.output / "runs" / "learning-rates" / f"talora-{rate:g}-seed100.json"
         write_record(file, replace(made, settings=benchmark.settings(SYNTHETIC_3)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..losses import IGNORE_INDEX
-from ..tasks import Task, make_task
+from ..tasks import Task, default_weight, make_task
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Protocol:
         """What the protocol asks of `recipes/train.py`, by argument, without where the data is."""
         arguments = {
             "tasks": [f"{task.name}={task.kind}:{task.out_channels}" for task in self.tasks],
+            "loss_weights": [f"{task.name}={default_weight(task.kind):g}" for task in self.tasks],
             "val_split": self.folders.get("val"),
             "test_split": self.test_split,
             "num_train_epochs": self.num_train_epochs,

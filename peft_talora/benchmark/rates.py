@@ -16,7 +16,7 @@ TUNING_SEED = 100  # of the learning rates' choice; no table has a run with it
 
 
 def choose(benchmark: Benchmark, learning_rates: Sequence[float], tuning: bool) -> dict[str, float]:
-    """Method → learning rate: that of the lowest validation loss, summed over the tasks, on synthetic-3.
+    """Method → learning rate: that of the lowest validation loss, the weighted sum over the tasks, on synthetic-3.
 
     Args:
         benchmark: Whose methods need one.

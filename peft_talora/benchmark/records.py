@@ -29,7 +29,8 @@ class Record:
         settings: train.py's arguments that all runs of a table share.
         choices: Those that are this run's own: method, seed, learning rate, what a variant changes.
         metrics: Task → figure → value on the test images of the checkpoint that validation chose; None: not a number.
-        validation: Its `metrics` and `losses` on the validation images, by task; None: training diverged.
+        validation: Its `metrics` and `losses` on the validation images, by task, and the `loss` of all tasks by which
+            the checkpoint was chosen; None: training diverged.
         parameters: Trained parameters: `adapter` (low-rank updates), `encoder` (trained as a whole), `heads`, `other`.
         commit: Of this project's code.
         hardware: In words.
@@ -54,8 +55,8 @@ class Record:
 
     @property
     def validation_loss(self) -> float:
-        """Summed over the tasks; infinite where training diverged."""
-        return float("inf") if self.validation is None else sum(self.validation["losses"].values())
+        """The weighted sum over the tasks; infinite where training diverged."""
+        return float("inf") if self.validation is None else self.validation["loss"]
 
 
 def write_record(file: Path, record: Record) -> None:

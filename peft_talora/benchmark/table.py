@@ -153,9 +153,9 @@ def _introduction(table: Table, protocol: Protocol) -> str:
     seeds = sorted({method["seeds"] for method in table["methods"].values()})
     return (
         f"{protocol.source[0].upper()}{protocol.source[1:]}. Epochs: {settings['num_train_epochs']}; images a step: "
-        f"{settings['per_device_train_batch_size']}; seeds: {', '.join(map(str, seeds))}. Commit {table['commit']}; "
-        f"{table['hardware']}.\n\n"
-        "Test images; each run's checkpoint is the one with the lowest loss, summed over its tasks, on the validation "
+        f"{settings['per_device_train_batch_size']}; weights of the losses: {', '.join(settings['loss_weights'])}; "
+        f"seeds: {', '.join(map(str, seeds))}. Commit {table['commit']}; {table['hardware']}.\n\n"
+        "Test images; each run's checkpoint is the one with the lowest weighted sum of losses on the validation "
         "images. Single-task learning (`-stl`) has a run for each task, hence a checkpoint for each. Figures are "
         "means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
         "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
