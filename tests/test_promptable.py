@@ -107,7 +107,7 @@ def test_regions_of_a_folder(tmp_path):
     labels = np.zeros((40, 60), dtype=np.uint8)
     labels[5:15, 10:20] = labels[20:35, 30:50] = 3
     labels[5:15, 40:50] = 11
-    labels[0, :4] = labels[2, :3] = 4  # 4 pixels of 2400 are more than 0.0015 of them, 3 are less
+    labels[0, :10] = labels[2, :9] = 4  # 10 pixels of 2400 are more than 1/256 of them, 9 are less
     labels[36:, :] = 255
     write_image(tmp_path, "a", labels)
     sample = RegionMasks(tmp_path, "val")[0]
@@ -115,7 +115,7 @@ def test_regions_of_a_folder(tmp_path):
     assert sample["name"] == "a"
     labels = torch.from_numpy(labels)
     expected = [(0, labels == 0), (3, rectangle(20, 30, 35, 50, (40, 60))), (3, rectangle(5, 10, 15, 20, (40, 60)))]
-    expected += [(11, labels == 11), (4, rectangle(0, 0, 1, 4, (40, 60)))]
+    expected += [(11, labels == 11), (4, rectangle(0, 0, 1, 10, (40, 60)))]
     assert sample["classes"] == [classes for classes, _ in expected]
     assert torch.equal(sample["masks"], torch.stack([mask for _, mask in expected]))
     without = RegionMasks(tmp_path, "val", ignored_class=11)[0]
