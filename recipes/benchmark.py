@@ -10,7 +10,7 @@ Every run is `recipes/train.py` in a process of its own. A finished one leaves a
 `<output_dir>/runs`, and the tables are made of these: the same command goes on where it was stopped. A run under way
 goes on from its checkpoint as long as the code's commit is the same, and starts anew after another one. The learning
 rate of a method is chosen by validation loss on synthetic-3, with a seed that no table has, and is the same for all
-protocols.
+protocols; where the best one is at the border of those tried, the next one outwards is tried too.
 """
 
 import json

@@ -31,26 +31,35 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss(tmp_path, capsy
     assert "WARNING" not in capsys.readouterr().out
     found = json.loads((benchmark.output / "learning-rates.json").read_text())
     assert found["methods"]["talora"]["validation_loss"] == {"0.0003": 2.0, "0.001": 1.5, "0.003": None}
-    benchmark = write_tuning(tmp_path, {3e-3: 1.0})
+
+
+def test_a_best_rate_at_a_border_is_looked_beyond(tmp_path, capsys):
+    benchmark = write_tuning(tmp_path, {3e-4: 2.0, 1e-3: 1.5, 3e-3: 1.0, 1e-2: None})
     assert choose(benchmark, RATES, tuning=True) == {"talora": 3e-3}
-    assert "WARNING: 0.003 is at the border" in capsys.readouterr().out
+    found = json.loads(benchmark.rates_file.read_text())["methods"]["talora"]
+    assert list(found["validation_loss"]) == ["0.0003", "0.001", "0.003", "0.01"]
+    assert not found["at_border"]
+    benchmark.rates_file.unlink()
+    write_tuning(tmp_path, {3e-4: 0.5, 1e-4: 0.4, 3e-5: 0.3})
+    assert choose(benchmark, RATES, tuning=True) == {"talora": 3e-5}
+    assert "WARNING: 3e-05 is at the border" in capsys.readouterr().out, "it is looked beyond twice"
 
 
 def test_learning_rates_of_earlier_searches_count_and_a_border_is_noted(tmp_path):
-    benchmark = write_tuning(tmp_path, {3e-4: 1.0, 1e-3: 1.5, 3e-3: 2.0})
+    benchmark = write_tuning(tmp_path, {3e-4: 1.0, 1e-3: 1.5, 3e-3: 2.0, 1e-4: 0.9, 3e-5: 0.8})
     choose(benchmark, RATES, tuning=True)
-    used = {"method": "talora", "seed": 0, "learning_rate": 3e-4}
+    used = {"method": "talora", "seed": 0, "learning_rate": 3e-5}
     records = [record("talora", 0, (1, 1, 1, 1), choices=used)]
     where = "Learning rates are those of the lowest validation loss on synthetic-3, one for all tasks of a method."
     assert rate_notes(benchmark, records) == [
         where,
-        "The learning rate of talora, 0.0003, is at the border of those tried: 0.0003, 0.001, 0.003.",
+        "The learning rate of talora, 3e-05, is at the border of those tried: 3e-05, 0.0001, 0.0003, 0.001, 0.003.",
     ]
-    wider = write_tuning(tmp_path, {1e-4: 0.5, 3e-5: 0.7})
-    assert choose(wider, (3e-5, 1e-4), tuning=True) == {"talora": 1e-4}
-    assert choose(benchmark, RATES, tuning=True) == {"talora": 1e-4}, "the earlier grid does not lose it"
+    wider = write_tuning(tmp_path, {1e-5: 0.5, 3e-6: 0.7})
+    assert choose(wider, (3e-6, 1e-5), tuning=True) == {"talora": 1e-5}
+    assert choose(benchmark, RATES, tuning=True) == {"talora": 1e-5}, "the earlier grid does not lose it"
     assert rate_notes(benchmark, records) == [], "the records have another rate"
-    records = [replace(records[0], choices={**used, "learning_rate": 1e-4})]
+    records = [replace(records[0], choices={**used, "learning_rate": 1e-5})]
     assert rate_notes(benchmark, records) == [where]
 
 
@@ -78,6 +87,6 @@ def test_divergence_is_an_outcome_of_the_search_unless_nothing_else_comes(tmp_pa
     benchmark = make_benchmark(tmp_path)
     with pytest.raises(RuntimeError, match=r"talora diverged with every learning rate of \[2, 3\]: give lower ones"):
         choose(benchmark, (2, 3), tuning=True)
-    assert choose(benchmark, (0.5, 0.7, 2), tuning=True) == {"talora": 0.5}
+    assert choose(benchmark, (0.5, 0.7, 2), tuning=True) == {"talora": 0.07}, "two rates lower than those given"
     diverged = benchmark.output / "runs" / "learning-rates" / "talora-2-seed100.json"
     assert read_record(diverged).validation is None

@@ -12,6 +12,7 @@ from .plan import DIVERGED, Benchmark, Wanted, run_missing
 from .protocols import SYNTHETIC_3
 from .records import Record, read_record
 
+WIDENINGS = 2  # of a method's learning rates, each by one
 TUNING_SEED = 100  # of the learning rates' choice; no table has a run with it
 
 
@@ -47,11 +48,42 @@ def choose(benchmark: Benchmark, learning_rates: Sequence[float], tuning: bool) 
 def tune(
     benchmark: Benchmark, methods: Sequence[str], learning_rates: Sequence[float], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Train each method with each learning rate; what is written as learning-rates.json, with the `known` methods."""
-    settings, wanted = benchmark.settings(SYNTHETIC_3), {}
-    # Rates of earlier searches count too, so that one method's can be widened alone.
+    """Train each method with each learning rate; what is written as learning-rates.json, with the `known` methods.
+
+    Where the best rate of a method is the lowest or the highest one tried, the next one outwards is tried as well, up
+    to `WIDENINGS` times. Rates of earlier searches count too.
+    """
+    settings, table = benchmark.settings(SYNTHETIC_3), dict(known)
     tried = {method: known.get(method, {}).get("validation_loss", {}) for method in methods}
     grids = {method: sorted({*learning_rates, *map(float, tried[method])}) for method in methods}
+    losses = _losses(benchmark, settings, grids)
+    for _ in range(WIDENINGS):
+        beyond = {method: _beyond(found) for method, found in losses.items()}
+        grids = {method: sorted({*rates, beyond[method] or rates[0]}) for method, rates in grids.items()}
+        if any(beyond.values()):
+            losses = _losses(benchmark, settings, grids)
+    for method, found in losses.items():
+        best = min(found, key=found.get)
+        if math.isinf(found[best]):
+            raise RuntimeError(f"{method} diverged with every learning rate of {grids[method]}: give lower ones.")
+        table[method] = {
+            "learning_rate": best,
+            "at_border": _beyond(found) is not None,
+            "validation_loss": found,
+        }
+        benchmark.say(f"{method}: learning rate {best:g}, validation losses {found}")
+        if table[method]["at_border"]:
+            benchmark.say(
+                f"WARNING: {best:g} is at the border of the learning rates tried for {method}: give more of them."
+            )
+    return {"protocol": SYNTHETIC_3.name, "seed": TUNING_SEED, "settings": settings, "methods": table}
+
+
+def _losses(
+    benchmark: Benchmark, settings: dict[str, Any], grids: Mapping[str, Sequence[float]]
+) -> dict[str, dict[float, float]]:
+    """Method → learning rate → validation loss, of runs that are made where there is no record."""
+    wanted = {}
     for method, rate in ((name, rate) for name, rates in grids.items() for rate in rates):
         choices = {"method": method, "seed": TUNING_SEED, "learning_rate": rate}
         name = f"{method}-{rate:g}-seed{TUNING_SEED}"
@@ -59,20 +91,18 @@ def tune(
         file = benchmark.output / "runs" / "learning-rates" / f"{name}.json"
         wanted[method, rate] = Wanted(method, file, choices, job)
     run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()), may_diverge=True)
-    table = dict(known)
-    for method, rates in grids.items():
-        losses = {rate: read_record(wanted[method, rate].file).validation_loss for rate in rates}
-        best = min(losses, key=losses.get)
-        if math.isinf(losses[best]):
-            raise RuntimeError(f"{method} diverged with every learning rate of {rates}: give lower ones.")
-        at_border = best in (rates[0], rates[-1])
-        table[method] = {"learning_rate": best, "at_border": at_border, "validation_loss": losses}
-        benchmark.say(f"{method}: learning rate {best:g}, validation losses {losses}")
-        if at_border:
-            benchmark.say(
-                f"WARNING: {best:g} is at the border of the learning rates tried for {method}: give more of them."
-            )
-    return {"protocol": SYNTHETIC_3.name, "seed": TUNING_SEED, "settings": settings, "methods": table}
+    return {
+        method: {rate: read_record(wanted[method, rate].file).validation_loss for rate in rates}
+        for method, rates in grids.items()
+    }
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """The rate outwards of the best one, in steps of 1 and 3, where that is at a border; None elsewhere."""
+    best = min(losses, key=losses.get)
+    if math.isinf(losses[best]) or min(losses) < best < max(losses):
+        return None
+    return float(f"{best * 10 / 3 if best == max(losses) else best / 3:.0e}")
 
 
 def rate_notes(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
