@@ -16,15 +16,13 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, SamModel
 
 from .data import FolderDataset, SyntheticScenes, make_image_processor
+from .data.object_scenes import LEAST, MOST
 from .data.scene import CLASSES, compose
 from .data.synthetic import render
 from .losses import IGNORE_INDEX
 from .prompts import central_points, mask_boxes, mask_iou, regions
 from .resize import resize_logits
 from .tasks import make_task
-
-_LEAST = 1 / 256  # of the image, of a mask: one patch of the small SAM
-_MOST = 0.9
 
 
 class RoomMasks(SyntheticScenes):
@@ -64,7 +62,7 @@ class RegionMasks(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.images[index]
         labels = sample["labels"]["segmentation"]
-        masks = regions(labels, ignored=IGNORE_INDEX, least=int(_LEAST * labels.numel()))
+        masks = regions(labels, ignored=IGNORE_INDEX, least=int(LEAST * labels.numel()))
         masks = _of_fair_size(masks)
         classes = [int(labels[mask][0]) for mask in masks]
         return {"image": sample["image"], "masks": masks, "classes": classes, "name": sample["name"]}
@@ -73,7 +71,7 @@ class RegionMasks(Dataset):
 def _of_fair_size(masks_KHW: Tensor) -> Tensor:
     """Without specks and what is nearly the whole image."""
     share = masks_KHW.flatten(1).float().mean(1)
-    return masks_KHW[(share >= _LEAST) & (share <= _MOST)]
+    return masks_KHW[(share >= LEAST) & (share <= MOST)]
 
 
 def most_prominent(masks_KHW: Tensor) -> int:

@@ -269,7 +269,9 @@ def train_stage(
 def make_optimizers(model: SamModel, args: PretrainArguments) -> list[torch.optim.Optimizer]:
     """Muon (arXiv:2502.16982) for the matrices of linear layers, AdamW for all else, at the same learning rates.
 
-    After 600 steps on images of 64 pixels the loss is 1.35, with AdamW alone 1.57; a step takes 1.15 times as long.
+    On images of 64 pixels, the loss of the last 100 of 600 steps was 1.46 at a rate of 1e-3, with AdamW alone 1.57.
+    With Muon at 4e-3 and AdamW at 2e-3 it was 1.35. AdamW alone was not tried at higher rates. A step takes 1.14 times
+    the time.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     taken = {id(parameter) for parameter in matrices}

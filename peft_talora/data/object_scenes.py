@@ -17,8 +17,8 @@ import torch
 
 from .shapes import SHAPES, Field, curve, pattern
 
-_LEAST = 1 / 256  # of the image, of a mask: one patch of the small SAM
-_MOST = 0.9
+LEAST = 1 / 256  # of the image, of a mask: one patch of the small SAM
+MOST = 0.9
 
 
 class ObjectScenes(torch.utils.data.Dataset):
@@ -168,7 +168,7 @@ class Canvas:
         found = [self.objects == k for k in range(1, self.count + 1)] + [
             self.parts == k for k in range(1, self.count + 1)
         ]
-        least, most = _LEAST * self.size**2, _MOST * self.size**2
+        least, most = LEAST * self.size**2, MOST * self.size**2
         kept = [mask for mask in found if least <= mask.sum() <= most]
         return np.stack(kept) if kept else np.empty((0, *self.objects.shape), dtype=bool)
 
