@@ -254,7 +254,7 @@ def build(args: TrainArguments) -> Run:
     train_set, val_set, test_set = engine.open_splits(args, args.seed, collator.tasks, image_size)
     loader = engine.make_loader(args, args.seed, train_set, collator, accelerator.num_processes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     passes = {"order": order, "activate": partial(method.activate, model)}
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     total_steps = math.ceil(len(loader) / args.gradient_accumulation_steps) * args.num_train_epochs
