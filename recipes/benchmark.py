@@ -47,8 +47,8 @@ def ablations(num_tasks: int) -> dict[str, dict[str, Any]]:
         **{f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (16.0, 32.0)},
         "decoder-token": {"decoder_mode": "token"},
         "norms-frozen": {"train_norms": False},
-        "start-gaussian": {"init_weights": "gaussian"},
-        **{f"orthogonality-{weight:g}": {"orthogonality": weight} for weight in (0.1, 1.0)},
+        **{f"start-{start}": {"init_weights": start} for start in ("orthogonal", "gaussian")},
+        **{f"orthogonality-{w:g}": {"orthogonality": w, "init_weights": "orthogonal"} for w in (0.1, 1.0)},
         "targets-qkv": {"target_modules": qkv},
         **{f"targets-{'+'.join(p)}": {"target_modules": qkv, "qkv_parts": p} for p in parts},
     }

@@ -69,7 +69,7 @@ class TestDefaults:
         config = TALoRAConfig()
         assert config.peft_type is PeftType.TALORA
         assert (config.task_names, config.r, config.r_out, config.r_task, config.alpha) == (None, 8, None, None, None)
-        assert (config.dropout, config.init_weights, config.bias) == (0.0, "orthogonal", "none")
+        assert (config.dropout, config.init_weights, config.bias) == (0.0, "lora", "none")
         assert config.qkv_parts == ["q", "k", "v"]
         assert config.train_norms is False
         assert config.target_modules is config.exclude_modules is config.modules_to_save is None
@@ -115,7 +115,7 @@ class TestRoundTrip:
     def test_tuples_of_tasks_keep_their_order(self):
         assert TALoRAConfig(task_names=("c", "a")).task_names == ["c", "a"]
 
-    @pytest.mark.parametrize("init_weights", [True, False, "orthogonal", "gaussian"])
+    @pytest.mark.parametrize("init_weights", [True, False, "lora", "orthogonal", "gaussian"])
     def test_init_weights_keeps_its_type(self, init_weights, tmp_path):
         TALoRAConfig(init_weights=init_weights).save_pretrained(str(tmp_path))
         loaded = TALoRAConfig.from_pretrained(str(tmp_path)).init_weights

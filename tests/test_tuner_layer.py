@@ -221,11 +221,25 @@ class TestShapes:
 
 
 class TestStart:
-    @pytest.mark.parametrize("init_weights", ["orthogonal", True])
-    def test_orthonormal_columns(self, init_weights):
-        _, layer = adapt_linear(init_weights=init_weights)
+    def test_orthonormal_columns(self):
+        _, layer = adapt_linear(init_weights="orthogonal")
         for factor in (layer.talora_in["default"], layer.talora_out["default"]):
             assert_close(factor.T @ factor, torch.eye(factor.shape[1]), 1e-6)
+
+    @pytest.mark.parametrize("r_out", [3, 4, 5])
+    @pytest.mark.parametrize("init_weights", ["lora", True])
+    def test_all_tasks_share_one_lora(self, init_weights, r_out):
+        _, layer = adapt_linear(init_weights=init_weights, r_out=r_out)
+        factor, core = layer.talora_in["default"], layer.talora_core["default"]
+        assert_close(factor.T @ factor, torch.eye(4), 1e-6)
+        shared, others = core[:, :, 0], core[:, :, 1:]
+        smaller = shared if r_out >= 4 else shared.T
+        assert_close(smaller.T @ smaller, torch.eye(min(4, r_out)), 1e-6)
+        assert not others.any()
+        assert all(row[0] == 1 for row in layer.talora_task["default"].values())
+        assert torch.equal(
+            layer.cores("default", torch.arange(3)), (layer.scaling["default"] * shared).expand(3, -1, -1)
+        )
 
     def test_gaussian_factors(self):
         _, layer = adapt_linear(200, 600, r=50, r_out=60, r_task=2, init_weights="gaussian")
@@ -233,37 +247,51 @@ class TestStart:
             assert abs(factor.mean()) < 0.05
             assert abs(factor.std() - 1) < 0.05
 
-    @pytest.mark.parametrize("init_weights", ["orthogonal", True, "gaussian", False])
-    def test_only_the_core_is_zero(self, init_weights):
+    @pytest.mark.parametrize(
+        ("init_weights", "zero"),
+        [("lora", {"out"}), (True, {"out"}), ("orthogonal", {"core"}), ("gaussian", {"core"}), (False, set())],
+    )
+    def test_no_more_than_one_factor_is_zero(self, init_weights, zero):
         model, layer = adapt_linear(init_weights=init_weights, dtype=torch.float32)
-        assert bool(layer.talora_core["default"].any()) is (init_weights is False)
-        assert layer.talora_in["default"].any()
-        assert layer.talora_out["default"].any()
+        factors = {"in": layer.talora_in, "out": layer.talora_out, "core": layer.talora_core}
+        assert {name for name, factor in factors.items() if not factor["default"].any()} == zero
         assert all(row.any() for row in layer.talora_task["default"].values())
         x = inputs(BATCH, D_IN).float()
         starts_as_base = torch.equal(model(x, task_ids=[0, 2]), layer.base_layer(x))
         assert starts_as_base is (init_weights is not False)
 
     def test_rows_have_unit_norm_on_average(self):
-        _, layer = adapt_linear(4, 300, tasks=[f"t{i}" for i in range(200)], r_task=16, r=4, r_out=4)
+        tasks = [f"t{i}" for i in range(200)]
+        _, layer = adapt_linear(4, 300, tasks=tasks, r_task=16, r=4, r_out=4, init_weights="orthogonal")
         rows = torch.stack(list(layer.talora_task["default"].values()))
         assert abs(rows.square().sum(1).mean() - 1) < 0.1
 
-    def test_first_step_moves_the_core_only_and_the_second_everything(self):
-        model, layer = adapt_linear(init_weights="orthogonal")
-        x, factors = inputs(BATCH, D_IN), (layer.talora_in, layer.talora_out, layer.talora_core)
-        target = inputs(BATCH, D_OUT)
-        with_gradient = []
-        for _ in range(2):
+    @pytest.mark.parametrize("r_out", [3, 4, 5])
+    @pytest.mark.parametrize(
+        ("init_weights", "first"), [("orthogonal", "core"), ("gaussian", "core"), ("lora", "out")]
+    )
+    def test_the_zero_factor_moves_first_and_then_all_that_a_task_has(self, init_weights, first, r_out):
+        """The slices that start at zero keep the weights of them in the rows waiting one step more."""
+        model, layer = adapt_linear(init_weights=init_weights, r_out=r_out)
+        x, target = inputs(BATCH, D_IN), inputs(BATCH, D_OUT)
+        factors = {"in": layer.talora_in, "out": layer.talora_out, "core": layer.talora_core}
+        factors = {name: factor["default"] for name, factor in factors.items()}
+        rows = layer.talora_task["default"]
+        moved = []
+        for _ in range(3):
             model.zero_grad()
             (model(x, task_ids=[0, 2]) - target).square().mean().backward()
-            with_gradient.append([bool(factor["default"].grad.any()) for factor in factors])
+            moved.append({name for name, factor in factors.items() if factor.grad.any()})
             with torch.no_grad():
-                for factor in factors:
-                    factor["default"].sub_(factor["default"].grad)
-        assert with_gradient == [[False, False, True], [True, True, True]]
-        rows = layer.talora_task["default"]
-        assert [bool(rows[task].grad.any()) for task in TASKS] == [True, False, True]
+                for parameter in (*factors.values(), *rows.values()):
+                    parameter.sub_(parameter.grad if parameter.grad is not None else 0)
+        assert moved == [{first}, set(factors), set(factors)]
+        for dim in (0, 1, 2):
+            others = [d for d in range(3) if d != dim]
+            assert factors["core"].grad.abs().amax(others).all(), "no row, column or slice of the core stays behind"
+        assert factors["out"].grad.abs().amax(0).all()
+        assert factors["in"].grad.abs().amax(0).all()
+        assert [bool(rows[task].grad.all()) for task in TASKS] == [True, False, True]
 
 
 class TestQkvParts:

@@ -64,7 +64,7 @@ def base_output(case: Case) -> torch.Tensor:
 
 class TestStart:
     @every_case
-    @pytest.mark.parametrize("init_weights", ["orthogonal", "gaussian", True])
+    @pytest.mark.parametrize("init_weights", ["lora", "orthogonal", "gaussian", True])
     def test_starts_as_the_base_model(self, case, init_weights):
         model, expected = adapt(case, init_weights=init_weights), base_output(case)
         assert expected.abs().mean() > 0.1

@@ -46,7 +46,7 @@ class AdapterArguments:
     )
     train_norms: bool = field(default=True, metadata={"help": "Train the layer norms of the encoder's blocks too."})
     init_weights: str = field(
-        default="orthogonal", metadata={"help": "talora: start of the factors, 'orthogonal' or 'gaussian'."}
+        default="lora", metadata={"help": "talora: 'lora', a LoRA that all tasks share; 'orthogonal' or 'gaussian'."}
     )
     qkv_parts: list[str] = field(
         default_factory=lambda: list(QKV_PARTS),

@@ -11,7 +11,7 @@ from torch import nn
 
 MAIN_TASK = "main"
 QKV_PARTS = ("q", "k", "v")
-INIT_WEIGHTS = ("orthogonal", "gaussian", True, False)
+INIT_WEIGHTS = ("lora", "orthogonal", "gaussian", True, False)
 UNCOMPRESSED_TASKS = 4
 TIED_TASKS = "`r_task=1` makes the updates of all tasks multiples of one matrix."
 
@@ -53,10 +53,12 @@ class TALoRAConfig(PeftConfig):
             tasks' updates multiples of one matrix.
         alpha: The update is scaled by `alpha / r`. None means half the rank of each layer, so a scaling of 0.5.
         dropout: Probability of dropping an input of the update during training.
-        init_weights: How the factors start. The core starts at zero, so that the adapted model starts as the base
-            model. `"orthogonal"` (or True) draws factors with orthonormal columns; `"gaussian"` draws N(0, 1), whose
-            first steps are some thousand times larger, so give it a warm-up. False draws a random core as well: for
-            tests.
+        init_weights: How training starts; the adapted model starts as the base model. `"lora"` (or True) starts as
+            one LoRA that all tasks share: input factor with orthonormal columns, output factor zero, an orthogonal
+            first slice of the core with the weight 1 in every row; the other slices, of which each task has its own
+            mixture, grow from zero. The other two start with a core of zero, hence with no shared part: factors with
+            orthonormal columns in `"orthogonal"`; N(0, 1) in `"gaussian"` (MTSAM's), whose first steps are some
+            thousand times larger, so give it a warm-up. False draws all of them at random: for tests.
         qkv_parts: Which thirds of a fused query-key-value layer are updated. Anything but all three needs
             `d_out = 3 * d_in`; the output factor then holds the rows of the enabled thirds only.
         train_norms: Also train the two layer norms of every vision block (shared by the tasks), through
@@ -87,8 +89,8 @@ class TALoRAConfig(PeftConfig):
     )
     alpha: float | None = field(default=None, metadata={"help": "The update is scaled by alpha / r. None: r / 2."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
-    init_weights: bool | Literal["orthogonal", "gaussian"] = field(
-        default="orthogonal", metadata={"help": "Start of the factors: orthogonal, gaussian, or False for tests."}
+    init_weights: bool | Literal["lora", "orthogonal", "gaussian"] = field(
+        default="lora", metadata={"help": "Start: 'lora', 'orthogonal' or 'gaussian'; False, at random, for tests."}
     )
     qkv_parts: list[str] = field(
         default_factory=lambda: list(QKV_PARTS), metadata={"help": "Thirds of a fused qkv layer to update."}

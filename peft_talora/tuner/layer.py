@@ -37,8 +37,9 @@ class TALoRALayer(BaseTunerLayer):
     | P[t]   | row of t      | `talora_task[adapter][task]`   | (r_task,)            | no                  |
     | s      | scaling       | `scaling[adapter]`             | alpha / r            |                     |
 
-    The rank of every ΔW_t is at most min(r_out, r). With G = 0, its start, ΔW_t = 0 for all tasks. The rows of P are
-    parameters of their own, because weight decay moves whatever shares a parameter with a row that has a gradient.
+    The rank of every ΔW_t is at most min(r_out, r). At the start U = 0 or G = 0, so ΔW_t = 0 for all tasks; see
+    `TALoRAConfig.init_weights`. The rows of P are parameters of their own, because weight decay moves whatever shares
+    a parameter with a row that has a gradient.
     """
 
     adapter_layer_names = ("talora_in", "talora_out", "talora_core", "talora_task")
@@ -121,19 +122,25 @@ class TALoRALayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
-        """Draw the factors anew and set the core to zero; see `TALoRAConfig.init_weights`."""
-        core, rows = self.talora_core[adapter_name], self.talora_task[adapter_name]
-        if core.is_meta:
+        """Draw everything anew; see `TALoRAConfig.init_weights`."""
+        core_ORK, rows = self.talora_core[adapter_name], self.talora_task[adapter_name]
+        if core_ORK.is_meta:
             return
         draw = nn.init.normal_ if init_weights == "gaussian" else nn.init.orthogonal_
         draw(self.talora_in[adapter_name])
         draw(self.talora_out[adapter_name])
-        for row in rows.values():
-            nn.init.normal_(row, std=1 / math.sqrt(core.shape[2]))
+        for row_K in rows.values():
+            nn.init.normal_(row_K, std=1 / math.sqrt(len(row_K)))
         if init_weights is False:
-            nn.init.normal_(core, std=1 / self.r[adapter_name])
-        else:
-            nn.init.zeros_(core)
+            nn.init.normal_(core_ORK, std=1 / self.r[adapter_name])
+            return
+        nn.init.zeros_(core_ORK)
+        if init_weights in ("lora", True):
+            # All tasks share the first slice, as one LoRA; no row or column of it is zero where the ranks differ.
+            nn.init.zeros_(self.talora_out[adapter_name])
+            nn.init.orthogonal_(core_ORK[:, :, 0])
+            for row_K in rows.values():
+                row_K[0] = 1
 
     def add_row(self, adapter_name: str, task: str, source: str | None) -> None:
         """Give a task a row of its own: a copy of the row of `source`, or zero, whose update is exactly zero."""
