@@ -168,6 +168,7 @@ SYNTHETIC_6 = replace(
     SYNTHETIC_3,
     name="synthetic-6",
     tasks=(*SYNTHETIC_3.tasks, _EDGES, make_task("saliency", 1), make_task("parts", 9)),
+    images={"train": 512, "val": 64, "test": 64},  # twice the tasks, hence half the images in the same time
     source="generated scenes of `SyntheticScenes`, all six tasks",
     figures=_F_ALONE,
 )

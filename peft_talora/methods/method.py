@@ -60,7 +60,7 @@ class Method:
         name: what `--method` calls it.
         add: model and arguments → the `PeftModel` to train, whose outputs are still those of the model.
         reads: the names of the `AdapterArguments` that mean something to it.
-        learning_rate: where to start tuning, for AdamW.
+        learning_rate: where to start tuning, for AdamW: the best one on synthetic-3, see `recipes/benchmark.py`.
         resolve_order: asked-for task order and device → the order; see `engine.task_groups`.
         activate: called with the model and the tasks of every encoder pass, before it.
         regularizer: model and arguments → what gives a scalar to add to the losses, or None.
@@ -98,16 +98,16 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("talora", add_talora, _ALL, 3e-3, resolve_order=resolve_task_order, regularizer=keep_orthonormal),
-        Method("lora-stl", add_lora, _LORA, 1e-3, alone="lora-hps"),
-        Method("lora-hps", add_lora, _LORA, 1e-3),
-        Method("full-stl", unfreeze_encoder, frozenset(), 3e-4, alone="full-hps"),
-        Method("full-hps", unfreeze_encoder, frozenset(), 3e-4),
-        Method("heads", add_nothing, frozenset(), 1e-3),
+        Method("lora-stl", add_lora, _LORA, 3e-3, alone="lora-hps"),
+        Method("lora-hps", add_lora, _LORA, 3e-3),
+        Method("full-stl", unfreeze_encoder, frozenset(), 1e-3, alone="full-hps"),
+        Method("full-hps", unfreeze_encoder, frozenset(), 1e-3),
+        Method("heads", add_nothing, frozenset(), 3e-3),
         Method(
             "mtlora",
             mtlora.add_loras,
             _LORA | {"r_task"},
-            1e-3,
+            3e-3,
             resolve_order=task_by_task,
             activate=mtlora.activate,
             save=mtlora.save_task,
