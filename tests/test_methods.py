@@ -244,6 +244,6 @@ def test_the_flags_of_talora_reach_its_configuration(sam_folder):
     for name, value in {**arguments, "r": 4, "r_task": 2, "alpha": 1.0, "dropout": 0.1}.items():
         assert getattr(config, name) == value
     assert METHODS["talora"].regularizer(model, ARGUMENTS) is None
-    factors_orthonormal = make(sam_folder, "talora")[0]
-    loss = METHODS["talora"].regularizer(factors_orthonormal, replace(ARGUMENTS, orthogonality=3.0))()
+    model = make(sam_folder, "talora", init_weights="orthogonal")[0]
+    loss = METHODS["talora"].regularizer(model, replace(ARGUMENTS, orthogonality=3.0))()
     assert loss.item() == pytest.approx(3.0 * 4 / 3, rel=1e-4)  # the core is zero: a third of the rank
