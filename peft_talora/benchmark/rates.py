@@ -58,10 +58,10 @@ def tune(
     grids = {method: sorted({*learning_rates, *map(float, tried[method])}) for method in methods}
     losses = _losses(benchmark, settings, grids)
     for _ in range(WIDENINGS):
-        beyond = {method: _beyond(found) for method, found in losses.items()}
-        grids = {method: sorted({*rates, beyond[method] or rates[0]}) for method, rates in grids.items()}
-        if any(beyond.values()):
-            losses = _losses(benchmark, settings, grids)
+        for method, found in losses.items():
+            if (beyond := _beyond(found)) is not None:
+                grids[method] = sorted({*grids[method], beyond})
+        losses = _losses(benchmark, settings, grids)
     for method, found in losses.items():
         best = min(found, key=found.get)
         if math.isinf(found[best]):

@@ -28,7 +28,7 @@ MODELS = [
     (
         "MLP both",
         "MLP",
-        {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 3}},
+        {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 0.5}},
     ),
     ("MLP all-linear", "MLP", {"target_modules": "all-linear", "r": 2, "dropout": 0.1}),
     (
