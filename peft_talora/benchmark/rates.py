@@ -58,9 +58,10 @@ def tune(
     grids = {method: sorted({*learning_rates, *map(float, tried[method])}) for method in methods}
     losses = _losses(benchmark, settings, grids)
     for _ in range(WIDENINGS):
-        for method, found in losses.items():
-            if (beyond := _beyond(found)) is not None:
-                grids[method] = sorted({*grids[method], beyond})
+        beyond = {method: rate for method, found in losses.items() if (rate := _beyond(found)) is not None}
+        if not beyond:
+            break
+        grids |= {method: sorted({*grids[method], rate}) for method, rate in beyond.items()}
         losses = _losses(benchmark, settings, grids)
     for method, found in losses.items():
         best = min(found, key=found.get)
