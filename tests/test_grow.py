@@ -318,13 +318,17 @@ class TestStart:
         assert base.task("warmth").name == "warmth"
         assert model(pixel_values=images, labels={"warmth": torch.ones(2, 64, 64).long()}).loss > 0
 
-    def test_rows_that_cannot_train_are_said(self):
-        untrained = {"init_weights": "orthogonal"}
-        with pytest.warns(UserWarning, match="core of adapter 'default' is zero"):
-            adapt(MLP_2D, **untrained).add_task("new")
-        with pytest.warns(UserWarning, match="core of adapter 'default' is zero"):
-            adapt(MLP_2D, **untrained).add_task("new", init="copy:depth", freeze_others=True)
-        adapt(MLP_2D, **untrained).add_task("new", init="copy:depth")
+    @pytest.mark.parametrize("init_weights", ["lora", "orthogonal"])
+    def test_rows_that_cannot_train_are_said(self, init_weights):
+        message = "The core or the output factor of adapter 'default' is zero"
+        with pytest.warns(UserWarning, match=message):
+            adapt(MLP_2D, init_weights=init_weights).add_task("new")
+        with pytest.warns(UserWarning, match=message):
+            adapt(MLP_2D, init_weights=init_weights).add_task("new", init="copy:depth", freeze_others=True)
+        adapt(MLP_2D, init_weights=init_weights).add_task("new", init="copy:depth")
+        adapt(MLP_2D).add_task("new")
+
+    def test_tied_tasks_are_said(self):
         with pytest.warns(UserWarning, match="`r_task=1`"):
             adapt(MLP_2D, task_names=["one"], r_task=1, r_out=4).add_task("two")
 

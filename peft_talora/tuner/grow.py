@@ -252,10 +252,11 @@ def _warn(layers: list[TALoRALayer], adapter_name: str, num_tasks: int, trains: 
     cores = [layer.talora_core[adapter_name] for layer in layers]
     if num_tasks == 2 and cores[0].shape[2] == 1:
         warnings.warn(TIED_TASKS, stacklevel=4)
-    if not trains and not any(core.any() for core in cores):
+    outputs = [layer.talora_out[adapter_name] for layer in layers]
+    if not trains and not any(core.any() and out.any() for core, out in zip(cores, outputs, strict=True)):
         warnings.warn(
-            f"The core of adapter {adapter_name!r} is zero in every layer, as before training. The new row gets no "
-            "gradient until the core has moved: train the other tasks first.",
+            f"The core or the output factor of adapter {adapter_name!r} is zero in every layer, as before training. "
+            "The new row gets no gradient until it has moved: train the other tasks first.",
             stacklevel=4,
         )
 
