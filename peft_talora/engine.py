@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,8 +30,10 @@ from .msam_config import task_entries
 from .tasks import KINDS, Task, default_weight
 
 TaskOrder = Literal["folded", "sequential"]
+Updates = Literal["joint", "alternating"]
 Activate = Callable[[Sequence[str]], None]
 Arguments = TypeVar("Arguments")
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -285,6 +288,32 @@ def resolve_task_order(order: str, device: torch.device, task_conditional: bool 
 def task_groups(task_names: Sequence[str], order: TaskOrder) -> list[list[str]]:
     """The tasks of each pass through the encoder: all at once, or one after another."""
     return [list(task_names)] if order == "folded" else [[name] for name in task_names]
+
+
+def update_groups(task_names: Iterable[str], updates: Updates, step: int) -> list[list[str]]:
+    """The tasks of each optimiser step that a batch gives.
+
+    Gradients of different tasks are nearly orthogonal, and AdamW's steps have one size: a step of the sum of all
+    losses takes each task about 1/sqrt(T) as far as a step of its own. With a step per task, every task takes as many
+    as if it were trained alone. Another task begins each time, so that none is always the last.
+
+    Args:
+        task_names: All tasks.
+        updates: `joint`, one step of the weighted sum of all losses, or `alternating`, one per task.
+        step: Batches that were trained on before.
+    """
+    names = list(task_names)
+    if updates == "joint":
+        return [names]
+    first = step % len(names)
+    return [[name] for name in (*names[first:], *names[:first])]
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items each, the last one of what is left."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 def keep_active(*_: Any) -> None:

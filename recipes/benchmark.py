@@ -9,8 +9,9 @@
 Every run is `recipes/train.py` in a process of its own. A finished one leaves a small record under
 `<output_dir>/runs`, and the tables are made of these: the same command goes on where it was stopped. A run under way
 goes on from its checkpoint as long as the code's commit is the same, and starts anew after another one. The learning
-rate of a method is chosen by validation loss on synthetic-3, with a seed that no table has, and is the same for all
-protocols; where the best one is at the border of those tried, the next one outwards is tried too.
+rate of a method, and whether each task has optimiser steps of its own, are chosen by validation loss on synthetic-3,
+with a seed that no table has, and are the same for all protocols; where the best rate is at the border of those tried,
+the next one outwards is tried too.
 """
 
 import json
@@ -45,6 +46,7 @@ def ablations(num_tasks: int) -> dict[str, dict[str, Any]]:
         **{f"r_task-{k}": {"r_task": k} for k in range(1, num_tasks + 2) if k != min(num_tasks, 4)},
         **{f"r-{r}": {"r": r} for r in (4, 8, 32)},
         **{f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (16.0, 32.0)},
+        "updates-joint": {"updates": "joint"},
         "decoder-token": {"decoder_mode": "token"},
         "norms-frozen": {"train_norms": False},
         **{f"start-{start}": {"init_weights": start} for start in ("orthogonal", "gaussian")},
@@ -90,9 +92,9 @@ def main() -> None:
     args = engine.parse_arguments(BenchmarkArguments)
     benchmark = build(args)
     if args.stages != ["table"]:
-        rates = choose(benchmark, args.learning_rates, tuning="learning_rates" in args.stages)
+        chosen = choose(benchmark, args.learning_rates, tuning="learning_rates" in args.stages)
         for choices in benchmark.variants.values():
-            choices["learning_rate"] = rates[choices["method"]]
+            choices |= {**chosen[choices["method"]], **choices}
     if "runs" in args.stages:
         run_seeds(benchmark)
     if "cost" in args.stages:

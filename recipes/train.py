@@ -12,6 +12,7 @@ methods with an adapter per task, `lora-stl`, `full-stl` and `mtlora`, have a fo
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,13 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
 
     seed: int = field(default=0, metadata={"help": "Of the adapter's weights, the order of images and dropout."})
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
+    updates: str | None = field(
+        default=None,
+        metadata={
+            "help": "'joint': an optimiser step of the weighted sum of all losses; 'alternating': from the same batch "
+            "one step per task, in turn. None: the method's, 'alternating' of talora."
+        },
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of AdamW. None: the method's, 3e-3 of talora."}
@@ -61,7 +69,7 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
     task_order: str = field(
         default="auto",
-        metadata={"help": "'folded': all tasks in one pass; 'sequential'; 'auto' by method and device."},
+        metadata={"help": "'folded': one pass for all tasks of a step; 'sequential'; 'auto' by method and device."},
     )
     activation_checkpointing: bool = field(default=False, metadata={"help": "Recompute blocks in backward."})
 
@@ -111,6 +119,8 @@ def main() -> None:
     method = find_method(args.method)
     if args.learning_rate is None:
         args.learning_rate = method.learning_rate
+    if args.updates is None:
+        args.updates = method.updates[0]
     check_arguments(args, method)
     if method.alone is None:
         train_one(args)
@@ -197,23 +207,25 @@ def train_epoch(run: Run, bar: tqdm) -> None:
     batches = accelerator.skip_first_batches(run.loader, progress.batch)
     batches.set_epoch(progress.epoch)
     run.model.train()
-    begun, step_seconds = time.perf_counter(), 0.0
-    for batch in batches:
+    begun = time.perf_counter()
+    for chunk in engine.chunks(batches, args.gradient_accumulation_steps):
         loaded = time.perf_counter()
-        with accelerator.accumulate(run.model):
-            losses = engine.backward(
-                accelerator, run.model, batch, weights=run.weights, regularizer=regularizer, **run.passes
-            )
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+        losses = {}
+        for tasks in engine.update_groups(run.weights, args.updates, progress.step):
+            for batch in chunk:
+                part = {**batch, "labels": {name: batch["labels"][name] for name in tasks}}
+                # Several processes average their gradients once, with those of the last batch.
+                with nullcontext() if batch is chunk[-1] else accelerator.no_sync(run.model):
+                    losses |= engine.backward(
+                        accelerator, run.model, part, weights=run.weights, regularizer=regularizer, **run.passes
+                    )
+            accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
             run.optimizer.step()
-            run.scheduler.step()
             run.optimizer.zero_grad()
-        step_seconds += results.seconds_since(loaded, accelerator.device)
-        progress.batch += 1
-        progress.images += len(batch["pixel_values"]) * accelerator.num_processes
-        if not accelerator.sync_gradients:
-            continue
+        run.scheduler.step()
+        step_seconds = results.seconds_since(loaded, accelerator.device)
+        progress.batch += len(chunk)
+        progress.images += sum(len(batch["pixel_values"]) for batch in chunk) * accelerator.num_processes
         progress.step += 1
         results.note_step(progress, step_seconds)
         bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
@@ -223,7 +235,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
             validate(run)
         if args.save_steps and progress.step % args.save_steps == 0:
             checkpoint.save_checkpoint(accelerator, run.output_dir, progress, args.save_total_limit)
-        begun, step_seconds = time.perf_counter(), 0.0
+        begun = time.perf_counter()
 
 
 def validate(run: Run) -> None:
@@ -297,7 +309,7 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
     )
     order = method.resolve_order(args.task_order, accelerator.device)
     # Task by task, each backward pass leaves the other tasks' heads without a gradient.
-    distributed.find_unused_parameters = order == "sequential"
+    distributed.find_unused_parameters = order == "sequential" or args.updates == "alternating"
     engine.set_threads(args, accelerator)
     results.forget_peak(accelerator.device)
     set_seed(args.seed)
@@ -310,6 +322,8 @@ def check_arguments(args: TrainArguments, method: Method) -> None:
     for name in ("num_train_epochs", "save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
+    if args.updates not in method.updates:
+        raise ValueError(f"`updates` is {args.updates!r}; with {method.name!r} allowed: {', '.join(method.updates)}.")
     if args.val_split is None and not 0 < args.val_fraction < 1:
         raise ValueError(f"`val_fraction` is {args.val_fraction}; allowed: between 0 and 1.")
     if args.push_to_hub and (method.alone or method.folder_per_task):

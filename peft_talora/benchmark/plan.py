@@ -23,7 +23,8 @@ class Benchmark:
 
     Attributes:
         protocol: Whose table is made.
-        variants: By name, what a run of it asks of train.py beside the protocol; `learning_rate` once it is chosen.
+        variants: By name, what a run of it asks of train.py beside the protocol; `learning_rate` and `updates` once
+            they are chosen.
         ablation: Whether they are variants of talora, with records apart from those of the methods.
         seeds: Of the runs of each.
         changes: Arguments of train.py in place of the protocol's own.

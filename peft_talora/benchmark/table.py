@@ -45,7 +45,8 @@ def make_table(
     runs, notes, methods = by_name(records), [], {}
     for name, seeds in runs.items():
         record = next(iter(seeds.values()))
-        entry: dict[str, Any] = {"seeds": len(seeds), "learning_rate": record.choices["learning_rate"]}
+        entry: dict[str, Any] = {"seeds": len(seeds)}
+        entry |= {choice: record.choices[choice] for choice in ("learning_rate", "updates")}
         for key, baseline in baselines.items():
             entry[key] = _spread_gain(protocol, seeds, runs.get(baseline, {}), notes)
         entry["metrics"] = {
@@ -117,7 +118,7 @@ def to_markdown(table: Table, protocol: Protocol, title: str) -> str:
     columns: dict[str, Callable[[Mapping], str]] = {}
     if len({method["seeds"] for method in methods.values()}) > 1:
         columns["seeds"] = lambda m: str(m["seeds"])
-    columns |= {"learning rate": lambda m: f"{m['learning_rate']:g}"}
+    columns |= {"learning rate": lambda m: f"{m['learning_rate']:g}", "updates": lambda m: m["updates"]}
     columns |= {
         f"Δm over {name} (%)": lambda m, key=key: _with_interval(m[key], 2, sign="+")
         for key, name in table["baselines"].items()
@@ -156,7 +157,8 @@ def _introduction(table: Table, protocol: Protocol) -> str:
         f"{settings['per_device_train_batch_size']}; weights of the losses: {', '.join(settings['loss_weights'])}; "
         f"seeds: {', '.join(map(str, seeds))}. Commit {table['commit']}; {table['hardware']}.\n\n"
         "Test images; each run's checkpoint is the one with the lowest weighted sum of losses on the validation "
-        "images. Single-task learning (`-stl`) has a run for each task, hence a checkpoint for each. Figures are "
+        "images. Single-task learning (`-stl`) has a run for each task, hence a checkpoint for each. *updates*: one "
+        "optimiser step of all losses for each batch (joint), or one per task (alternating). Figures are "
         "means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
         "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
         "same seed. Trained parameters: *adapter* of the low-rank updates, *encoder* of layer norms or of the whole "

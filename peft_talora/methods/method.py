@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import SamImageProcessorPil
 
-from ..engine import TaskOrder, keep_active, resolve_task_order
+from ..engine import TaskOrder, Updates, keep_active, resolve_task_order
 from ..hub import save_adapter
 from ..msam import MSamModel
 from ..tuner import orthogonality_loss
@@ -61,6 +61,7 @@ class Method:
         add: model and arguments → the `PeftModel` to train, whose outputs are still those of the model.
         reads: the names of the `AdapterArguments` that mean something to it.
         learning_rate: where to start tuning, for AdamW: the best one on synthetic-3, see `recipes/benchmark.py`.
+        updates: the ways of `engine.update_groups` that differ for it, the better one there first.
         resolve_order: asked-for task order and device → the order; see `engine.task_groups`.
         activate: called with the model and the tasks of every encoder pass, before it.
         regularizer: model and arguments → what gives a scalar to add to the losses, or None.
@@ -73,6 +74,7 @@ class Method:
     add: Callable[[MSamModel, AdapterArguments], PeftModel]
     reads: frozenset[str]
     learning_rate: float
+    updates: tuple[Updates, ...] = ("joint",)
     resolve_order: Callable[[str, torch.device], TaskOrder] = one_pass
     activate: Callable[[PeftModel, Sequence[str]], None] = keep_active
     regularizer: Callable[[PeftModel, AdapterArguments], Regularizer | None] = unregularized
@@ -97,17 +99,26 @@ _LORA = frozenset({"r", "alpha", "dropout", "target_modules", "train_norms"})
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("talora", add_talora, _ALL, 3e-3, resolve_order=resolve_task_order, regularizer=keep_orthonormal),
+        Method(
+            "talora",
+            add_talora,
+            _ALL,
+            3e-3,
+            ("alternating", "joint"),
+            resolve_order=resolve_task_order,
+            regularizer=keep_orthonormal,
+        ),
         Method("lora-stl", add_lora, _LORA, 3e-3, alone="lora-hps"),
-        Method("lora-hps", add_lora, _LORA, 3e-3),
+        Method("lora-hps", add_lora, _LORA, 3e-3, ("joint", "alternating")),
         Method("full-stl", unfreeze_encoder, frozenset(), 1e-3, alone="full-hps"),
-        Method("full-hps", unfreeze_encoder, frozenset(), 1e-3),
+        Method("full-hps", unfreeze_encoder, frozenset(), 1e-3, ("joint", "alternating")),
         Method("heads", add_nothing, frozenset(), 3e-3),
         Method(
             "mtlora",
             mtlora.add_loras,
             _LORA | {"r_task"},
             3e-3,
+            ("joint", "alternating"),
             resolve_order=task_by_task,
             activate=mtlora.activate,
             save=mtlora.save_task,
