@@ -25,6 +25,12 @@ from .hub import WEIGHTS_NAME
 
 PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
+FREE_ARGUMENTS = frozenset(
+    {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
+    | {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before"}
+)
+"""Arguments of train.py that do not decide a run's course: where it reads and writes, how often it saves and reports,
+on how many cores."""
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Progress:
         step_seconds: Of the latest steps each one's own time, without loading data, validating and saving.
         before: Test metrics before training.
         history: One entry per evaluation: step, losses and metrics on the validation images.
+        origin: What the run began on: hardware and versions of libraries, where a recipe reports them.
     """
 
     tasks: list[dict[str, Any]]
@@ -58,6 +65,7 @@ class Progress:
     step_seconds: list[float] = field(default_factory=list)
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def note_validation(self, metrics: dict[str, dict[str, float]], losses: dict[str, float], loss: float) -> bool:
         """Add the figures of the validation images to the history; whether `loss`, of all tasks, is the lowest yet."""

@@ -100,17 +100,17 @@ def parse_arguments(
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"{file} has the unknown arguments {unknown}; `--help` lists the known ones.")
-        argv = [*_as_flags(values), *argv]
+        argv = [*as_flags(values), *argv]
     values = vars(parser.parse_args(argv))
     values.pop("config")
     return arguments(**values)
 
 
-def _as_flags(values: Mapping[str, Any]) -> list[str]:
-    """The flags that say what a YAML file says; they are parsed, hence checked, like flags of the command line."""
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The flags that say what arguments by name say; what is None, or an empty list, is left out."""
     flags = []
     for name, value in values.items():
-        if value is not None:
+        if value not in (None, []):
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 

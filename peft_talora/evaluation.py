@@ -47,7 +47,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     with accelerator.split_between_processes(list(range(len(dataset)))) as indices:
-        loader = DataLoader(Subset(dataset, indices), batch_size=batch_size, collate_fn=collator)
+        # From the global generator, the loader would draw a number, and shift the dropout of the steps to come.
+        own = torch.Generator()
+        loader = DataLoader(Subset(dataset, indices), batch_size=batch_size, collate_fn=collator, generator=own)
     metrics = {task.name: task.metric() for task in collator.tasks}
     sums = {task.name: torch.zeros(2, dtype=torch.float64) for task in collator.tasks}
     for batch in loader:

@@ -5,6 +5,7 @@
     python recipes/benchmark.py --protocol camvid-2 --data_root camvid --workers 2
     python recipes/benchmark.py --stages cost table                    # later, on an idle machine
     python recipes/benchmark.py --ablation all                         # variants of talora instead of methods
+    python recipes/benchmark.py --output_dir docs/results --stages table    # the project's own table, of its records
 
 Every run is `recipes/train.py` in a process of its own. A finished one leaves a small record under
 `<output_dir>/runs`, and the tables are made of these: the same command goes on where it was stopped. A run under way
@@ -15,6 +16,7 @@ the next one outwards is tried too.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -27,7 +29,7 @@ from peft_talora import engine
 from peft_talora.benchmark.cost import measure_cost
 from peft_talora.benchmark.plan import Benchmark, run_seeds
 from peft_talora.benchmark.protocols import PROTOCOLS
-from peft_talora.benchmark.rates import choose, rate_notes
+from peft_talora.benchmark.rates import TUNING_SEED, choose, rate_notes
 from peft_talora.benchmark.records import read_comparable
 from peft_talora.benchmark.table import draw_table, make_table, to_markdown
 from peft_talora.files import write_aside, write_json
@@ -38,8 +40,11 @@ STAGES = ("learning_rates", "runs", "cost", "table")
 CHANGES = ("num_images", "num_train_epochs", "per_device_train_batch_size", "image_size")  # of the protocol's own
 
 
+ABLATION_NOTE = "Compare orthogonality-* with start-orthogonal, and parts of qkv with targets-qkv."
+
+
 def ablations(num_tasks: int) -> dict[str, dict[str, Any]]:
-    """What is changed of talora's defaults, by the name of the variant; parts of `qkv` compare with `targets-qkv`."""
+    """What is changed of talora's defaults, by the name of the variant."""
     qkv = r".*vision_encoder\.layers\.\d+\.attn\.qkv"
     parts = (["q"], ["k"], ["v"], ["q", "k"], ["q", "v"], ["k", "v"])
     return {
@@ -83,7 +88,7 @@ class BenchmarkArguments:
     )
     cost_steps: int = field(default=12, metadata={"help": "Steps of the runs that measure time and memory."})
     cost_rounds: int = field(default=3, metadata={"help": "Such runs of each method, in turns; medians are reported."})
-    output_dir: str = field(default="docs/results", metadata={"help": "Folder of records and tables."})
+    output_dir: str = field(default="runs/results", metadata={"help": "Folder of records and tables."})
     work_dir: str = field(default="runs/benchmark", metadata={"help": "Folder of runs under way."})
 
 
@@ -103,23 +108,37 @@ def main() -> None:
         write_tables(benchmark)
 
 
-def build(args: BenchmarkArguments) -> Benchmark:
-    """What is compared. Refuses what would fail late."""
+def check(args: BenchmarkArguments) -> None:
+    """Refuse what would fail late."""
     if args.protocol not in PROTOCOLS:
         raise ValueError(f"`protocol` is {args.protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
     protocol = PROTOCOLS[args.protocol]
     if args.stages != ["table"]:
         protocol.check_data_root(args.data_root)
-    known = ablations(len(protocol.tasks))
-    allowed = {"stages": STAGES, "methods": METHODS, "ablation": (*known, "all")}
+    allowed = {"stages": STAGES, "methods": METHODS, "ablation": (*ablations(len(protocol.tasks)), "all")}
     for name, words in allowed.items():
         if unknown := [word for word in getattr(args, name) if word not in words]:
             raise ValueError(f"`{name}` has {', '.join(unknown)}; allowed: {', '.join(words)}.")
-    for name in ("workers", "seeds", "cost_steps", "cost_rounds"):
+    for name in ("workers", "seeds", "num_threads", "cost_steps", "cost_rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
+    if args.seeds is not None and args.seeds > TUNING_SEED:
+        raise ValueError(
+            f"`seeds` is {args.seeds}; allowed: up to {TUNING_SEED}, the seed of the learning rates' choice."
+        )
+    if any(not 0 < rate < math.inf for rate in args.learning_rates):
+        raise ValueError(f"`learning_rates` is {args.learning_rates}; allowed: positive numbers.")
+    if args.ablation and args.methods != list(METHODS):
+        raise ValueError("`methods` and `ablation` are both given: variants of talora are compared with talora alone.")
+
+
+def build(args: BenchmarkArguments) -> Benchmark:
+    """What is compared. Raises ValueError for what would fail late."""
+    check(args)
+    protocol = PROTOCOLS[args.protocol]
     variants = {name: {"method": name} for name in METHODS if name in args.methods}
     if args.ablation:
+        known = ablations(len(protocol.tasks))
         chosen = known if "all" in args.ablation else args.ablation
         variants = {"talora": {}, **{name: known[name] for name in chosen}}
         variants = {name: {"method": "talora", **changes} for name, changes in variants.items()}
@@ -167,10 +186,11 @@ def write_tables(benchmark: Benchmark) -> None:
     costs = json.loads(benchmark.cost_file.read_text()) if benchmark.cost_file.exists() else None
     if not records:
         raise ValueError(f"{benchmark.records} has no records: run the stage `runs` first.")
-    if costs is not None and costs["settings"] != records[0].settings:
+    settings = costs["settings"] if costs else {}
+    if any(value != records[0].arguments.get(name) for name, value in settings.items()):
         raise ValueError(f"{benchmark.cost_file} is of other settings than the records: run the stage `cost` again.")
     table = make_table(protocol, records, {"delta_m_vs_talora": "talora"} if ablation else BASELINES, costs)
-    table["notes"] += rate_notes(benchmark, records)
+    table["notes"] += rate_notes(benchmark, records) + ([ABLATION_NOTE] if ablation else [])
     name = f"ablations-{protocol.name}" if ablation else protocol.name
     title = f"{protocol.name}, talora and variants of it" if ablation else protocol.name
     with write_aside(benchmark.output) as aside:

@@ -81,11 +81,6 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository user/name to upload the result to."})
 
 
-# What does not decide a run's course: where it reads and writes, how often it saves and reports, on how many cores.
-FREE = {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
-FREE |= {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before"}
-
-
 @dataclass
 class Run:
     """What one training run is made of; `accelerator.prepare` has seen what it must see."""
@@ -228,7 +223,7 @@ def train_epoch(run: Run, bar: tqdm) -> None:
         progress.images += sum(len(batch["pixel_values"]) for batch in chunk) * accelerator.num_processes
         progress.step += 1
         results.note_step(progress, step_seconds)
-        bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
+        bar.set_postfix({name: f"{losses[name].item():.3f}" for name in run.weights}, refresh=False)
         bar.update()
         progress.seconds += time.perf_counter() - begun
         if args.eval_steps and progress.step % args.eval_steps == 0:
@@ -339,7 +334,7 @@ def check_arguments(args: TrainArguments, method: Method) -> None:
 
 def deciding_arguments(args: TrainArguments) -> dict:
     """What decides the run's course."""
-    return {name: value for name, value in asdict(args).items() if name not in FREE}
+    return {name: value for name, value in asdict(args).items() if name not in checkpoint.FREE_ARGUMENTS}
 
 
 def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> peft_talora.MSamModel:

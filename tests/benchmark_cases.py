@@ -14,15 +14,14 @@ SETTINGS = {"loss_weights": ["segmentation=1", "edges=1"], "num_train_epochs": 1
 BASELINES = {"delta_m": "full-stl", "delta_m_vs_lora_stl": "lora-stl"}
 
 
-def record(name, seed, values, **changes):
+def record(name, seed, values, arguments=None, **changes):
     metrics = {"segmentation": {}, "edges": {}}
     for (task, figure), value in zip(FIGURES, values, strict=True):
         metrics[task][figure] = value
     made = Record(
         protocol=PROTOCOL.name,
         name=name,
-        settings=SETTINGS,
-        choices={"method": name, "seed": seed, "learning_rate": 1e-3},
+        arguments={**SETTINGS, "method": name, "seed": seed, "learning_rate": 1e-3, "updates": "joint"},
         metrics=metrics,
         validation={"metrics": {}, "losses": {"segmentation": 0.5, "edges": 0.25}, "loss": 0.75},
         parameters={"adapter": 1000, "encoder": 200, "heads": 5000, "other": 30, "all": 9000},
@@ -30,7 +29,7 @@ def record(name, seed, values, **changes):
         hardware="a processor",
         versions={},
     )
-    return replace(made, **changes)
+    return replace(made, arguments={**made.arguments, **(arguments or {})}, **changes)
 
 
 STL = [record("full-stl", 0, (0.5, 0.8, 0.4, 0.2)), record("full-stl", 1, (0.4, 0.8, 0.5, 0.4))]
@@ -50,6 +49,7 @@ results = {
     "after": {"depth": {"rmse": 1.0}},
     "validation": {"metrics": {}, "losses": {"depth": 1 + float(rate)}, "loss": 1 + float(rate)},
     "parameters": {"heads": 3},
+    "arguments": {"r": 16, "seed": -1, "output_dir": folder},
     "versions": {"resumed": str("--resume_from_checkpoint" in sys.argv)},
     "step_seconds": (0.5, 0.1, 0.3)[int(folder[-1])],
     "peak_mib": 100,

@@ -68,7 +68,8 @@ def test_the_methods_and_variants_are_those_of_the_training_recipe(recipe):
         ranks = {change["r_task"] for change in changes.values() if "r_task" in change}
         assert ranks | {min(num_tasks, 4)} == set(range(1, num_tasks + 2))
         for change in changes.values():
-            METHODS["talora"].check(AdapterArguments(**{k: v for k, v in change.items() if k != "decoder_mode"}))
+            own = {k: v for k, v in change.items() if k not in ("decoder_mode", "updates")}
+            METHODS["talora"].check(AdapterArguments(**own))
 
 
 def test_wrong_arguments_are_refused_at_once(build):
@@ -79,6 +80,10 @@ def test_wrong_arguments_are_refused_at_once(build):
         (["--ablation", "r-5"], "`ablation` has r-5; allowed: r_task-1"),
         (["--stages", "train"], "`stages` has train"),
         (["--workers", 0], "`workers` is 0"),
+        (["--num_threads", 0], "`num_threads` is 0"),
+        (["--seeds", 101], "`seeds` is 101; allowed: up to 100"),
+        (["--learning_rates", 0], r"`learning_rates` is \[0.0\]; allowed: positive"),
+        (["--ablation", "r-4", "--methods", "heads"], "`methods` and `ablation` are both given"),
     ):
         with pytest.raises(ValueError, match=message):
             build(*arguments)
@@ -133,6 +138,6 @@ def test_from_runs_to_the_table(call, tmp_path, sam):
     assert ours["step_seconds"] > 0
     assert ours["peak_mib"] > 0
     assert reference["step_seconds"] is None
-    assert "| full-stl | 0.01 | 0 |" in (results / "synthetic-3.md").read_text()
+    assert "| full-stl | 0.01 | joint | 0 |" in (results / "synthetic-3.md").read_text()
     with Image.open(results / "synthetic-3.png") as picture:
         assert picture.size == (780, 470)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pytest
 from benchmark_cases import make_benchmark
 
 from peft_talora.benchmark.cost import measure_cost
@@ -23,6 +24,10 @@ def test_costs_are_medians_over_rounds_and_measured_in_one_go(tmp_path, capsys):
         f"synthetic-3/cost/{name}-{turn}" for turn in range(2) for name in variants
     ]
     assert json.loads(both.cost_file.read_text())["methods"].keys() == variants.keys()
-    measure_cost(one, steps=4, rounds=3)
+    measure_cost(both, steps=4, rounds=2)
     assert capsys.readouterr().out == "", "what is there has all that is wanted"
+    measure_cost(both, steps=4, rounds=1)
+    assert json.loads(both.cost_file.read_text())["rounds"] == 1
+    with pytest.raises(ValueError, match="has talora too, and all costs of a table are measured in one go"):
+        measure_cost(one, steps=4, rounds=1)
     assert not any(path.is_file() for path in both.work.rglob("*")), "folders of finished runs are deleted"

@@ -143,6 +143,16 @@ def test_parameters_are_counted_by_what_they_belong_to(model):
     assert counts["heads"] == heads > 0
 
 
+def test_joint_updates_are_one_step_and_alternating_ones_a_step_per_task_in_turn():
+    names = ["a", "b", "c"]
+    assert engine.update_groups(names, "joint", 5) == [["a", "b", "c"]]
+    groups = [engine.update_groups(names, "alternating", step) for step in range(4)]
+    assert groups[:3] == [[["a"], ["b"], ["c"]], [["b"], ["c"], ["a"]], [["c"], ["a"], ["b"]]]
+    assert groups[3] == groups[0]
+    assert list(engine.chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(engine.chunks([], 2)) == []
+
+
 def test_task_order_is_chosen_by_the_device():
     assert engine.resolve_task_order("auto", torch.device("cpu")) == "sequential"
     assert engine.resolve_task_order("auto", torch.device("cuda")) == "folded"

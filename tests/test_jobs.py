@@ -1,6 +1,5 @@
-"""Jobs: several at a time, stopped together, gone on with from checkpoints of the same arguments and commit."""
+"""Jobs: several at a time, stopped together, gone on with from checkpoints of the same run."""
 
-import json
 import shutil
 
 import pytest
@@ -30,8 +29,17 @@ def make_job(tmp_path):
     script.parent.mkdir(parents=True)
     script.write_text(SCRIPT)
 
-    def make(name, end="well", others=None, **arguments):
-        return Job(name, script, {"end": end, **arguments}, others or {}, tmp_path / name, "FloatingPointError")
+    def make(name, end="well", others=None, context=None, anew=False, **arguments):
+        return Job(
+            name,
+            script,
+            {"end": end, **arguments},
+            others or {},
+            tmp_path / name,
+            context=context or {},
+            accepted_error="FloatingPointError",
+            anew=anew,
+        )
 
     return make
 
@@ -60,38 +68,60 @@ def test_an_accepted_error_is_an_outcome(make_job):
 
 
 def test_flags_say_what_the_arguments_are(make_job):
-    job = make_job("a", tasks=["depth=1", "edges=1"], base=None, augment=False, others={"num_threads": 2})
+    job = make_job("a", tasks=["depth=1"] * 2, base=None, weights=[], augment=False, others={"num_threads": 2})
     command = " ".join(job.command())
-    assert "--end well --tasks depth=1 edges=1 --augment False --num_threads 2 --output_dir" in command
+    assert "--end well --tasks depth=1 depth=1 --augment False --num_threads 2 --output_dir" in command
     assert "--base" not in command
+    assert "--weights" not in command
 
 
-def test_a_checkpoint_of_the_same_arguments_is_gone_on_with(make_job):
-    job = make_job("a", seed=0)
-    assert "latest" not in job.command()
-    checkpoint = job.folder / "depth" / "checkpoint-3"  # of one of several tasks that are trained apart
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "progress.json").write_text(json.dumps({}))
-    assert job.command()[-2:] == ["--resume_from_checkpoint", "latest"]
-    assert make_job("a", seed=0, others={"num_threads": 2}).command()[-1] == "latest"
-    assert "latest" not in make_job("a", seed=1).command()
-    assert not checkpoint.exists()
+@pytest.fixture
+def goes_on(tmp_path):
+    """Whether a job, started in a folder with a checkpoint, goes on from it; the folder then has one again."""
+
+    def start(job):
+        checkpoint = job.folder / "depth" / "checkpoint-3"  # of one of several tasks that are trained apart
+        assert job.start().wait() == 0
+        resumed = "--resume_from_checkpoint" in job.results()["flags"]
+        assert checkpoint.exists() == resumed, "what another run left is deleted"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "progress.json").write_text("{}")
+        return resumed
+
+    return start
+
+
+def test_a_checkpoint_of_the_same_run_is_gone_on_with(make_job, goes_on, tmp_path):
+    context = {"base_weights": "abc"}
+    assert [goes_on(make_job("a", seed=0, context=context)) for _ in range(2)] == [False, True]
+    assert goes_on(make_job("a", seed=0, context=context, others={"num_threads": 2}))
+    assert not goes_on(make_job("a", seed=1, context=context))
+    assert not goes_on(make_job("a", seed=1, context={"base_weights": "other"}))
+    assert not goes_on(make_job("a", seed=1, context={"base_weights": "other"}, anew=True))
+    assert goes_on(make_job("a", seed=1, context={"base_weights": "other"}))
+    (tmp_path / "clone" / "recipes" / "another.py").write_text("")
+    assert not goes_on(make_job("a", seed=1, context={"base_weights": "other"})), "a run is of one code"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git makes the commits")
-def test_a_checkpoint_of_another_commit_is_not_gone_on_with(make_job, tmp_path):
+def test_a_run_s_commit_is_that_of_its_start(make_job, goes_on, tmp_path):
     job = make_job("a", seed=0)
     commit(tmp_path / "clone")
-    job.command()
-    first, checkpoint = job.commit, job.folder / "checkpoint-3"
-    checkpoint.mkdir()
-    (checkpoint / "progress.json").write_text(json.dumps({}))
-    assert job.command()[-1] == "latest"
+    goes_on(job)
+    first = job.commit
     commit(tmp_path / "clone")
-    assert job.commit == first, "what is committed while it runs is no part of it"
-    assert "latest" not in job.command()
-    assert job.commit not in (first, None)
-    assert not checkpoint.exists()
+    assert goes_on(job), "the code is the same"
+    assert job.commit == first
+
+
+def test_a_process_imports_the_package_of_its_own_clone(make_job, tmp_path):
+    job = make_job("a")
+    package = tmp_path / "clone" / "peft_talora"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    job.script.write_text("import peft_talora; print(peft_talora.__file__)")
+    assert job.start().wait() == 0
+    assert job.log.read_text().strip() == str(package / "__init__.py")
 
 
 def test_a_folder_in_which_a_process_works_is_left_alone(make_job):

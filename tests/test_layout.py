@@ -30,7 +30,7 @@ ALLOWED = {
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "msam_config", "tasks"},
-    "benchmark": {"files", "losses", "metrics", "plotting", "small_sam", "tasks"},
+    "benchmark": {"checkpoint", "engine", "files", "losses", "methods", "metrics", "plotting", "small_sam", "tasks"},
     "evaluation": {"data", "engine", "metrics", "tasks"},
     "methods": {"engine", "files", "hub", "msam", "tuner"},
     "checkpoint": {"files", "hub"},

@@ -1,15 +1,14 @@
 """Plan: what a run asks of train.py, where its record goes, and what is run when."""
 
-import fcntl
 import shutil
 from dataclasses import replace
 
 import pytest
-from benchmark_cases import OURS, commit, make_benchmark
+from benchmark_cases import OURS, make_benchmark
 
 from peft_talora.benchmark.plan import run_seeds
-from peft_talora.benchmark.protocols import SYNTHETIC_3, SYNTHETIC_6
-from peft_talora.benchmark.records import check_record, describe_commit, describe_weights, read_record, write_record
+from peft_talora.benchmark.protocols import CAMVID_2, SYNTHETIC_3, SYNTHETIC_6
+from peft_talora.benchmark.records import check_record, describe_weights, read_record, write_record
 
 
 def test_other_weights_of_a_base_of_the_same_name_are_another_setting(tmp_path, sam_folder):
@@ -20,11 +19,13 @@ def test_other_weights_of_a_base_of_the_same_name_are_another_setting(tmp_path, 
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert describe_weights(str(base)) != settings["base_weights"]
-    write_record(tmp_path / "talora-seed0.json", replace(OURS[0], settings=settings))
+    write_record(tmp_path / "talora-seed0.json", replace(OURS[0], arguments=settings))
     with pytest.raises(ValueError, match=r"is of a run with base_weights="):
-        check_record(tmp_path / "talora-seed0.json", benchmark.settings(SYNTHETIC_3), OURS[0].choices)
+        check_record(tmp_path / "talora-seed0.json", benchmark.settings(SYNTHETIC_3))
     assert describe_weights("facebook/sam-vit-base") is None
-    assert "--base_weights" not in benchmark.job("a", SYNTHETIC_3, settings).command()
+    job = benchmark.job("a", SYNTHETIC_3, settings)
+    assert "--base_weights" not in job.command()
+    assert job.context["base_weights"] == settings["base_weights"]
 
 
 def test_what_is_changed_of_the_protocol_goes_for_its_own_runs_alone(tmp_path):
@@ -61,7 +62,9 @@ def test_every_variant_has_a_record_of_every_seed_and_only_what_is_missing_is_ru
     assert len(others) == 1
     assert last.endswith("done, 0 to go")
     found = read_record(files[3])
-    assert (found.name, found.seed, found.choices["learning_rate"]) == ("talora", 1, 1e-3)
+    assert (found.name, found.seed, found.arguments["learning_rate"]) == ("talora", 1, 1e-3)
+    assert found.arguments["r"] == 16, "train.py's own default"
+    assert "output_dir" not in found.arguments
     assert found.metrics == {"depth": {"rmse": 1}}
     assert found.parameters == {"heads": 3}
     assert found.validation_loss == pytest.approx(1.001)
@@ -81,29 +84,36 @@ def test_a_run_that_diverges_says_which_and_what_to_do_and_ends_the_others(tmp_p
     with pytest.raises(RuntimeError, match=f"r-4, a variant of talora, diverged with seed 0 and .* rate 3: {advice}"):
         run_seeds(benchmark)
     assert not benchmark.record_file("r-4", 0).exists()
-    with benchmark.job("wait-seed0", SYNTHETIC_3, {}).log.open("r+") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a process that is alive would hold
+    ended = benchmark.job("wait-seed0", SYNTHETIC_3, {"method": "talora", "learning_rate": 1e-3})
+    assert ended.start().wait() == 0, "a process that is alive would hold the folder"
     del variants["wait"], variants["r-4"]
     with pytest.raises(RuntimeError, match=f"^talora diverged with seed 0 and learning rate 3: {advice}"):
         run_seeds(benchmark)
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="git makes the commits")
-@pytest.mark.parametrize("moved", [False, True], ids=["same commit", "another commit"])
-def test_a_record_s_commit_is_that_of_the_whole_run(tmp_path, moved):
+@pytest.mark.parametrize("changed", [False, True], ids=["same code", "other code"])
+def test_an_interrupted_run_goes_on_if_the_code_is_the_same(tmp_path, changed):
     variants = {"talora": {"method": "talora", "learning_rate": 1e-3}}
     benchmark = make_benchmark(tmp_path, variants=variants)
-    commit(benchmark.root)
-    choices = {**variants["talora"], "seed": 0}
-    settings = benchmark.settings(SYNTHETIC_3)
-    interrupted = benchmark.job("talora-seed0", SYNTHETIC_3, {**settings, **choices})
-    interrupted.command()
+    arguments = {**benchmark.settings(SYNTHETIC_3), **variants["talora"], "seed": 0}
+    interrupted = benchmark.job("talora-seed0", SYNTHETIC_3, arguments)
+    interrupted.start().wait()
     progress = interrupted.folder / "checkpoint-1" / "progress.json"
     progress.parent.mkdir()
     progress.write_text("{}")
-    if moved:
-        commit(benchmark.root)
+    if changed:
+        (benchmark.root / "recipes" / "another.py").write_text("")
     run_seeds(benchmark)
     found = read_record(benchmark.record_file("talora", 0))
-    assert found.commit == describe_commit(benchmark.root)
-    assert found.versions == {"resumed": str(not moved)}
+    assert found.versions == {"resumed": str(not changed)}
+
+
+def test_other_images_of_a_folder_are_another_setting(tmp_path):
+    image = tmp_path / "val" / "image" / "a.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_text("a")
+    benchmark = make_benchmark(tmp_path, protocol=CAMVID_2, data_root=str(tmp_path))
+    before = benchmark.settings(CAMVID_2)["images"]
+    assert benchmark.settings(SYNTHETIC_3)["images"] is None
+    image.write_text("ab")
+    assert benchmark.settings(CAMVID_2)["images"] not in (None, before)

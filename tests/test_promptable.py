@@ -10,6 +10,7 @@ from transformers import SamModel
 
 from peft_talora import promptable
 from peft_talora.data import SyntheticScenes
+from peft_talora.data.object_scenes import LEAST, MOST
 from peft_talora.data.synthetic import CLASSES
 from peft_talora.promptable import RegionMasks, RoomMasks, measure, most_prominent
 from peft_talora.prompts import central_points, mask_boxes, mask_iou
@@ -80,11 +81,11 @@ def test_masks_of_rooms_follow_their_labels(rooms):
     for index in range(len(rooms)):
         masks, labels = rooms[index]["masks"], scenes[index]["labels"]
         share = masks.flatten(1).float().mean(1)
-        assert ((share >= 0.0015) & (share <= 0.9)).all()
+        assert ((share >= LEAST) & (share <= MOST)).all()
         rest = [mask.tolist() for mask in masks]
         for name in ("floor", "wall", "ceiling"):
             ground = labels["segmentation"] == CLASSES.index(name)
-            if 0.0015 <= ground.float().mean() <= 0.9:
+            if LEAST <= ground.float().mean() <= MOST:
                 rest.remove(ground.tolist())
         for mask in map(torch.tensor, rest):
             assert len(labels["segmentation"][mask].unique()) == 1  # an object or its part has one class

@@ -1,5 +1,6 @@
 """The recipes, as processes of their own on a tiny SAM: trained, evaluated, killed and resumed, on two processes."""
 
+import importlib.util
 import json
 import math
 import os
@@ -61,6 +62,15 @@ def run(command, *arguments):
     code, output = finish(start(command, *arguments))
     assert code == 0, output
     return output
+
+
+def load_recipe(path):
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the parser of arguments looks their types up
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_results(folder):
@@ -194,6 +204,8 @@ def test_resuming_with_other_tasks_is_refused(small, trained):
         (["--tasks", "depth", "heat"], "task 'heat': write name=channels or name=kind:channels"),
         (["--tasks", "depth", "heat=1"], "task 'heat=1': 'heat' is none of the kinds segmentation, depth"),
         (["--tasks", "segmentation=2"], "task 'segmentation' has 2 channels; generated scenes need 10"),
+        (["--updates", "both"], "`updates` is 'both'; with 'talora' allowed: alternating, joint"),
+        (["--method", "lora-stl", "--updates", "alternating"], "with 'lora-stl' allowed: joint"),
         (["--task_order", "both"], "`task_order` must be 'folded', 'sequential' or 'auto'; got 'both'"),
         (["--per_device_train_batch_size", "15"], "14 training images do not fill one batch"),
     ],
@@ -297,15 +309,44 @@ def test_an_adapter_is_converted_there_and_back_and_compressed(trained, tmp_path
         assert picture.size == (640, 360)
 
 
+def test_alternating_updates_are_a_clipped_step_per_task(sam_folder, tmp_path):
+    train = load_recipe(TRAIN)
+    args = train.TrainArguments(base=str(sam_folder), output_dir=str(tmp_path), num_images=3, num_threads=1)
+    args.learning_rate, args.updates, args.max_grad_norm, args.weight_decay = 1e-3, "alternating", 0.5, 0.1
+    run, by_hand = train.build(args), train.build(args)
+    (batch,) = by_hand.loader
+    model, kept = by_hand.model, {name: p.clone() for name, p in run.model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1, fused=True)
+    norms = []
+    for task in TASKS:
+        labels = {task: batch["labels"][task]}
+        output = model(batch["pixel_values"], tasks=[task], labels=labels, original_sizes=batch["original_sizes"])
+        (output.losses[task] * {"normals": 4}.get(task, 1)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(norms) > 0.5, "gradients are clipped"
+    with train.tqdm(disable=True) as bar:
+        train.train_epoch(run, bar)
+    assert (run.progress.step, run.progress.images) == (1, 2)
+    expected = dict(model.named_parameters())
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+        assert parameter.requires_grad != torch.equal(parameter, kept[name]) or not expected[name].any(), name
+
+
 @pytest.fixture(scope="module")
 def by_two(small, tmp_path_factory):
-    """Folders and outputs of runs by two processes, sequential and folded, of the same arguments otherwise."""
+    """Folders and outputs of runs by two processes: of both orders, and with an optimiser step per task."""
     torchrun = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN, *small]
     torchrun += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_steps", "6"]
     # Adam makes whole steps out of rounding where a gradient is tiny, so the orders stay close at a small rate only.
     torchrun += ["--learning_rate", "3e-4"]
-    folders = {order: tmp_path_factory.mktemp(order) for order in ("sequential", "folded")}
-    outputs = {o: run(torchrun, "--task_order", o, "--output_dir", folder) for o, folder in folders.items()}
+    changes = {order: ["--updates", "joint", "--task_order", order] for order in ("sequential", "folded")}
+    changes["alternating"] = ["--updates", "alternating"]
+    folders = {name: tmp_path_factory.mktemp(name) for name in changes}
+    outputs = {name: run(torchrun, *flags, "--output_dir", folders[name]) for name, flags in changes.items()}
     return folders, outputs
 
 
@@ -327,6 +368,16 @@ def test_two_processes_learn_the_same_in_both_orders(by_two):
     for one, other in zip(sequential["history"], folded["history"], strict=True):
         # A percent: where a gradient is rounding alone, such as of the keys' biases, Adam makes whole steps of it.
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-2)
+
+
+def test_two_processes_take_the_steps_per_task_of_one(by_two, small, tmp_path):
+    flags = ["--learning_rate", 3e-4, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
+    run(PYTHON, TRAIN, *small, *flags, "--output_dir", tmp_path)
+    one, two = (read_results(folder)["history"] for folder in (tmp_path, by_two[0]["alternating"]))
+    joint = read_results(by_two[0]["sequential"])["history"]
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [4, 8]
+    assert two[-1]["losses"] == pytest.approx(one[-1]["losses"], rel=1e-2)
+    assert two[-1]["losses"] != pytest.approx(joint[-1]["losses"], rel=2e-2)
 
 
 def test_speed_is_measured_of_equal_results_and_figures_of_before_stay(tmp_path, monkeypatch, capsys):

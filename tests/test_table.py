@@ -26,6 +26,7 @@ def test_delta_m_by_hand_is_of_the_same_seed_s_baseline():
 def test_figures_parameters_and_costs_by_hand():
     costs = {
         "hardware": "idle",
+        "commit": "def",
         "steps": 12,
         "rounds": 3,
         "methods": {"talora": {"step_seconds": 0.25, "peak_mib": 700.0}},
@@ -38,7 +39,11 @@ def test_figures_parameters_and_costs_by_hand():
     assert (talora["adapter_parameters"], talora["other_parameters"], talora["head_parameters"]) == (1000, 230, 5000)
     assert (talora["step_seconds"], talora["peak_mib"]) == (0.25, 700)
     assert table["methods"]["full-stl"]["step_seconds"] is None
-    assert table["hardware"] == "idle"
+    assert table["hardware"] == "a processor"
+    assert table["cost"] == {"steps": 12, "rounds": 3, "commit": "def", "hardware": "idle"}
+    text = to_markdown(table, PROTOCOL, "camvid-2")
+    assert "median over 3 runs of 12 steps of train.py, one at a time (idle; commit def)" in text
+    assert "Commit abc; a processor." in text
     assert (table["protocol"], table["commit"], table["notes"]) == ("camvid-2", "abc", [])
 
 
@@ -76,7 +81,7 @@ def test_seeds_that_the_baseline_lacks_are_left_out_of_its_gain_and_said_so():
 
 def test_the_markdown_has_a_row_per_method_and_all_figures():
     text = to_markdown(make_table(PROTOCOL, [*STL, *OURS], BASELINES), PROTOCOL, "camvid-2")
-    assert "| talora | 0.001 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |" in text
+    assert "| talora | 0.001 | joint | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |" in text
     assert "segmentation miou ↑" in text
     assert "step (ms)" not in text, "not measured"
     assert text.count("| full-stl |") == 3

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from ..engine import as_flags
 from ..files import write_aside, write_json
-from .records import describe_commit
+from .records import describe_code, describe_commit
 
 _ORIGIN_NAME = "benchmark.json"
 
@@ -28,8 +30,10 @@ class Job:
         script: The recipe, in a folder of the clone.
         arguments: Those that decide the outcome; None and lists as in a YAML file.
         others: Those that do not.
+        context: What decides the outcome and is no argument, by name.
         folder: Where it works; deleted by `discard`.
         accepted_error: A failure that is an outcome: how the line of the error begins. None: there is none.
+        anew: Whether it begins anew, whatever was left in the folder.
     """
 
     name: str
@@ -37,7 +41,9 @@ class Job:
     arguments: Mapping[str, Any]
     others: Mapping[str, Any]
     folder: Path
+    context: Mapping[str, Any] = field(default_factory=dict)
     accepted_error: str | None = None
+    anew: bool = False
 
     @property
     def log(self) -> Path:
@@ -58,50 +64,60 @@ class Job:
         error = self.accepted_error
         return error is not None and any(line.startswith(error) for line in self._last_lines())
 
-    def command(self) -> list[str]:
-        """What is called: from the last checkpoint on, if there is one of the same arguments and commit.
+    @property
+    def _root(self) -> Path:
+        return self.script.resolve().parent.parent
 
-        What a run with other arguments or of another commit left in the folder is deleted: a run is of one code.
-        """
-        origin = {"arguments": dict(self.arguments), "commit": describe_commit(self.script.parent.parent)}
-        file, wanted = self.folder / _ORIGIN_NAME, json.loads(json.dumps(origin))
-        if self.folder.exists() and not (file.exists() and json.loads(file.read_text()) == wanted):
-            shutil.rmtree(self.folder)
-        with write_aside(self.folder) as aside:
-            write_json(aside / _ORIGIN_NAME, wanted)
-        arguments = {**self.arguments, **self.others, "output_dir": self.folder}
-        if any(self.folder.glob("**/checkpoint-*/progress.json")):
-            arguments["resume_from_checkpoint"] = "latest"
-        flags = []
-        for name, value in arguments.items():
-            if value is not None:
-                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return [sys.executable, str(self.script), *flags]
+    @property
+    def _lock_file(self) -> Path:
+        return self.folder.parent / f".{self.folder.name}.lock"
 
     def start(self) -> subprocess.Popen:
-        """Start the process; its output goes to `log`.
+        """Start the process; its output goes to `log`. Where there is a checkpoint, it goes on from the last one.
+
+        What a run of other arguments or of other code left in the folder is deleted: a run is of one code.
 
         Raises:
             RuntimeError: If a process works in the folder already: of another benchmark, or of one that was killed.
         """
-        if self.log.exists():
-            with self.log.open("r+") as log:
-                self._lock(log)
-        command = self.command()
-        with self.log.open("w") as log:
-            self._lock(log)
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        self._lock_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock_file.open("a") as lock:
+            # The process inherits the open file, hence the lock, and holds it as long as it lives.
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(f"a process works in {self.folder} already: wait for its end, or end it") from error
+            self._claim()
+            paths = [str(self._root), *filter(None, [os.environ.get("PYTHONPATH")])]  # the package of this very clone
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+            with self.log.open("w") as log:
+                return subprocess.Popen(
+                    self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
+                )
 
-    def _lock(self, log: IO[str]) -> None:
-        # The process inherits the open file, hence the lock, and holds it as long as it lives.
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"a process works in {self.folder} already: wait for its end, or end it") from error
+    def _claim(self) -> None:
+        """Make the folder this run's own: keep it if it is of the same run, else begin a new one."""
+        identity = {"arguments": dict(self.arguments), "context": dict(self.context)}
+        wanted = json.loads(json.dumps({**identity, "code": describe_code(self._root)}))
+        file = self.folder / _ORIGIN_NAME
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if not self.anew and {name: found.get(name) for name in wanted} == wanted:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with write_aside(self.folder) as aside:
+            write_json(aside / _ORIGIN_NAME, {**wanted, "commit": describe_commit(self._root)})
+
+    def command(self) -> list[str]:
+        """What is called."""
+        arguments = {**self.arguments, **self.others, "output_dir": str(self.folder)}
+        if any(self.folder.glob("**/checkpoint-*/progress.json")):
+            arguments["resume_from_checkpoint"] = "latest"
+        return [sys.executable, str(self.script), *as_flags(arguments)]
 
     def discard(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder)
+        self._lock_file.unlink(missing_ok=True)
 
     def _last_lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines()[-20:]

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import FREE_ARGUMENTS
 from ..small_sam import SMALL_SAM
 from .jobs import Job, run_jobs
 from .protocols import SYNTHETIC_3, Protocol
-from .records import Record, check_record, describe_hardware, describe_weights, write_record
+from .records import Record, check_record, describe_hardware, describe_images, describe_weights, write_record
 
+CONTEXT = ("base_weights", "images", "mixed_precision")  # of a run's settings, those that are no flags of train.py
 DIVERGED = "FloatingPointError"  # what train.py raises where the validation loss is no finite number
 
 
@@ -73,13 +75,20 @@ class Benchmark:
         return folder / f"{name}-seed{seed}.json"
 
     def settings(self, protocol: Protocol) -> dict[str, Any]:
-        """What all runs on a protocol share; `changes` go for the benchmark's own protocol alone."""
+        """What all runs on a protocol share; `changes` and `data_root` go for the benchmark's own protocol alone."""
         shared = protocol.train_arguments()
         if protocol is self.protocol:
             shared |= self.changes
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        weights = describe_weights(self.base or SMALL_SAM)
-        return {**shared, "base": self.base, "base_weights": weights, "mixed_precision": precision}
+        images = None
+        if protocol is self.protocol and self.data_root is not None:
+            images = describe_images(self.data_root, protocol.folders.values())
+        return {
+            **shared,
+            "base": self.base,
+            "base_weights": describe_weights(self.base or SMALL_SAM),
+            "images": images,
+            "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        }
 
     def job(self, folder: str, protocol: Protocol, arguments: dict, others: Mapping | None = None, **fields) -> Job:
         """A run of train.py; `others` are arguments that decide nothing."""
@@ -89,10 +98,10 @@ class Benchmark:
         return Job(
             name=f"{protocol.name}/{folder}",
             script=self.root / "recipes" / "train.py",
-            # The precision comes with the environment, the weights with the base.
-            arguments={k: v for k, v in arguments.items() if k not in ("mixed_precision", "base_weights")},
+            arguments={name: value for name, value in arguments.items() if name not in CONTEXT},
             others={**common, **(others or {})},
             folder=self.work / protocol.name / folder,
+            context={name: value for name, value in arguments.items() if name in CONTEXT},
             **fields,
         )
 
@@ -103,7 +112,7 @@ class Wanted:
 
     name: str
     file: Path
-    choices: dict[str, Any]
+    arguments: dict[str, Any]
     job: Job
 
 
@@ -111,24 +120,22 @@ def run_seeds(benchmark: Benchmark) -> None:
     """Train every variant with every seed."""
     settings, wanted = benchmark.settings(benchmark.protocol), []
     for seed, name in ((seed, name) for seed in benchmark.seeds for name in benchmark.variants):
-        choices = {**benchmark.variants[name], "seed": seed}
-        job = benchmark.job(f"{name}-seed{seed}", benchmark.protocol, {**settings, **choices}, accepted_error=DIVERGED)
-        wanted.append(Wanted(name, benchmark.record_file(name, seed), choices, job))
-    run_missing(benchmark, benchmark.protocol, settings, wanted, may_diverge=False)
+        arguments = {**settings, **benchmark.variants[name], "seed": seed}
+        job = benchmark.job(f"{name}-seed{seed}", benchmark.protocol, arguments, accepted_error=DIVERGED)
+        wanted.append(Wanted(name, benchmark.record_file(name, seed), arguments, job))
+    run_missing(benchmark, benchmark.protocol, wanted, may_diverge=False)
 
 
-def run_missing(
-    benchmark: Benchmark, protocol: Protocol, settings: dict, wanted: Sequence[Wanted], may_diverge: bool
-) -> None:
+def run_missing(benchmark: Benchmark, protocol: Protocol, wanted: Sequence[Wanted], may_diverge: bool) -> None:
     """Run what has no record yet; write a record as soon as a run has ended.
 
     Raises:
-        ValueError: If there is a record of other settings or choices.
+        ValueError: If there is a record of other arguments.
         RuntimeError: If a run fails, or diverges where it may not.
     """
     for run in wanted:
         if run.file.exists():
-            check_record(run.file, settings, run.choices)
+            check_record(run.file, run.arguments)
     runs = {run.job.folder: run for run in wanted if not run.file.exists()}
     benchmark.say(f"{protocol.name}: {len(wanted) - len(runs)} of {len(wanted)} runs are done")
     # Closed at once where this raises: the runs under way end with it.
@@ -138,12 +145,12 @@ def run_missing(
             diverged = job.failed_acceptably()
             if diverged and not may_diverge:
                 raise _divergence(run)
-            results = {"after": {}, "parameters": {}} if diverged else job.results()
+            results = {"after": {}, "parameters": {}, "arguments": {}} if diverged else job.results()
+            decided = {name: value for name, value in results["arguments"].items() if name not in FREE_ARGUMENTS}
             record = Record(
                 protocol=protocol.name,
                 name=run.name,
-                settings=settings,
-                choices=run.choices,
+                arguments={**decided, **run.arguments},
                 metrics=results["after"],
                 validation=None if diverged else results["validation"],
                 parameters=results["parameters"],
@@ -157,7 +164,7 @@ def run_missing(
 
 
 def _divergence(run: Wanted) -> RuntimeError:
-    method, seed, rate = (run.choices[name] for name in ("method", "seed", "learning_rate"))
+    method, seed, rate = (run.arguments[name] for name in ("method", "seed", "learning_rate"))
     what = method if run.name == method else f"{run.name}, a variant of {method},"
     return RuntimeError(
         f"{what} diverged with seed {seed} and learning rate {rate:g}: widen the learning rates of {method} downwards "

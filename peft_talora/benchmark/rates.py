@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..files import write_aside, write_json
@@ -35,7 +35,9 @@ def choose(benchmark: Benchmark, learning_rates: Sequence[float], tuning: bool) 
         # For another protocol, what was chosen on synthetic-3 is taken as it is, but only for the same base.
         names = settings if benchmark.protocol is SYNTHETIC_3 else ["base", "base_weights"]
         if differing := [name for name in names if chosen["settings"].get(name) != settings[name]]:
-            raise ValueError(f"{file} is of runs with other {', '.join(differing)}: delete it, or give the same.")
+            raise ValueError(
+                f"{file} is of runs with other {', '.join(differing)}: give the same, or another `output_dir`."
+            )
     wanted = methods if benchmark.protocol is SYNTHETIC_3 else methods - chosen["methods"].keys()
     if tuning and wanted:
         chosen = tune(benchmark, sorted(wanted), learning_rates, chosen["methods"])
@@ -65,10 +67,11 @@ def tune(
     tried = {way: known.get(way[0], {}).get("validation_loss", {}).get(way[1], {}) for way in ways}
     grids = {way: sorted({*learning_rates, *map(float, tried[way])}) for way in ways}
     losses = _losses(benchmark, settings, grids)
-    for _ in range(WIDENINGS):
-        beyond = {way: rate for way, found in losses.items() if (rate := _beyond(found)) is not None}
-        if not beyond:
-            break
+    while beyond := {
+        way: rate
+        for way, found in losses.items()
+        if (rate := _beyond(found)) is not None and _widenings(found, learning_rates) < WIDENINGS
+    }:
         grids |= {way: sorted({*grids[way], rate}) for way, rate in beyond.items()}
         losses = _losses(benchmark, settings, grids)
     for method in methods:
@@ -104,12 +107,17 @@ def _losses(
         name = f"{method}-{updates}-{rate:g}-seed{TUNING_SEED}"
         job = benchmark.job(f"learning-rates/{name}", SYNTHETIC_3, {**settings, **choices}, accepted_error=DIVERGED)
         file = benchmark.output / "runs" / "learning-rates" / f"{name}.json"
-        wanted[(method, updates), rate] = Wanted(method, file, choices, job)
-    run_missing(benchmark, SYNTHETIC_3, settings, list(wanted.values()), may_diverge=True)
+        wanted[(method, updates), rate] = Wanted(method, file, {**settings, **choices}, job)
+    run_missing(benchmark, SYNTHETIC_3, list(wanted.values()), may_diverge=True)
     return {
         way: {rate: read_record(wanted[way, rate].file).validation_loss for rate in rates}
         for way, rates in grids.items()
     }
+
+
+def _widenings(tried: Iterable[float], learning_rates: Sequence[float]) -> int:
+    """How many rates were tried outside of those to begin with, by this search and by earlier ones."""
+    return sum(not min(learning_rates) <= rate <= max(learning_rates) for rate in tried)
 
 
 def _beyond(losses: Mapping[float, float]) -> float | None:
@@ -127,7 +135,7 @@ def rate_notes(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
         notes.append("All variants have the learning rate that was chosen for talora itself.")
     if not file.exists():
         return notes
-    used = {record.choices["method"]: record.choices for record in records}
+    used = {record.arguments["method"]: record.arguments for record in records}
     chosen = json.loads(file.read_text())["methods"]
     names = ("learning_rate", "updates")
     chosen = {m: found for m, found in chosen.items() if m in used and all(used[m][n] == found[n] for n in names)}

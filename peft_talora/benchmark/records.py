@@ -9,14 +9,20 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import write_aside, write_json
+from ..methods.adapters import AdapterArguments
+
+OWN_ARGUMENTS = frozenset(
+    {"seed", "learning_rate", "updates", "decoder_mode"} | {f.name for f in fields(AdapterArguments)}
+)
+"""What a method or variant may choose; all else is the same in all runs of a table."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,7 @@ class Record:
     Attributes:
         protocol: The benchmark it belongs to.
         name: Of the method or variant.
-        settings: train.py's arguments that all runs of a table share.
-        choices: Those that are this run's own: method, seed, learning rate, what a variant changes.
+        arguments: All that decided its course: train.py's arguments, digests of base weights and images, precision.
         metrics: Task → figure → value on the test images of the checkpoint that validation chose; None: not a number.
         validation: Its `metrics` and `losses` on the validation images, by task, and the `loss` of all tasks by which
             the checkpoint was chosen; None: training diverged.
@@ -39,8 +44,7 @@ class Record:
 
     protocol: str
     name: str
-    settings: dict[str, Any]
-    choices: dict[str, Any]
+    arguments: dict[str, Any]
     metrics: dict[str, dict[str, float | None]]
     validation: dict[str, dict[str, Any]] | None
     parameters: dict[str, int]
@@ -51,7 +55,12 @@ class Record:
     @property
     def seed(self) -> int:
         """Of the training run."""
-        return self.choices["seed"]
+        return self.arguments["seed"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that all runs of a table share."""
+        return {name: value for name, value in self.arguments.items() if name not in OWN_ARGUMENTS}
 
     @property
     def validation_loss(self) -> float:
@@ -77,20 +86,21 @@ def read_record(file: Path) -> Record:
         raise ValueError(f"{file} is no record of a run: {error}") from error
 
 
-def check_record(file: Path, settings: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming what differs, if a file records a run of other settings or choices."""
-    record = read_record(file)
-    found, wanted = {**record.settings, **record.choices}, {**settings, **choices}
-    if differing := _differing(found, wanted):
-        raise ValueError(f"{file} is of a run with {differing}: delete it, or give the same arguments.")
+def check_record(file: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, if a file records a run of other arguments than are wanted."""
+    found = read_record(file).arguments
+    if differing := _differing({name: found.get(name) for name in wanted}, wanted):
+        raise ValueError(
+            f"{file} is of a run with {differing}: give the same arguments, or another `output_dir`, or move it away."
+        )
 
 
 def read_comparable(files: Sequence[Path]) -> list[Record]:
     """The records in files.
 
     Raises:
-        ValueError: If two of them may not stand in one table: they differ in their settings, or one name has runs of
-            different choices.
+        ValueError: If two of them may not stand in one table: they differ in what is not a method's own to choose, or
+            runs of one name in anything but the seed.
     """
     records = [read_record(file) for file in files]
     first: dict[str, Record] = {}
@@ -98,7 +108,7 @@ def read_comparable(files: Sequence[Path]) -> list[Record]:
         if differing := _differing(record.settings, records[0].settings):
             raise ValueError(f"{file} and {files[0]} are not comparable: {differing}.")
         same = first.setdefault(record.name, record)
-        if differing := _differing({**record.choices, "seed": same.seed}, same.choices):
+        if differing := _differing({**record.arguments, "seed": same.seed}, same.arguments):
             raise ValueError(f"{file} is of a run with {differing}, as another seed of {record.name!r} has.")
     return records
 
@@ -126,6 +136,23 @@ def describe_commit(root: Path) -> str | None:
     status = [*git, "status", "--porcelain", "--", "peft_talora", "recipes"]
     changes = subprocess.run(status, check=True, capture_output=True, text=True).stdout
     return commit.stdout.strip() + ("+changes" if changes else "")
+
+
+def describe_code(root: Path) -> str:
+    """The first digits of the SHA-256 of a clone's package and recipes: what a run under way may go on with."""
+    digest = hashlib.sha256()
+    for file in sorted(path for folder in ("peft_talora", "recipes") for path in (root / folder).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def describe_images(data_root: str, folders: Iterable[str]) -> str:
+    """The first digits of the SHA-256 of names and sizes of all files in the folders of a data set's splits."""
+    digest = hashlib.sha256()
+    for folder in sorted(folders):
+        for file in sorted(path for path in Path(data_root, folder).glob("*/*") if path.is_file()):
+            digest.update(f"{file.relative_to(data_root)}\0{file.stat().st_size}\0".encode())
+    return digest.hexdigest()[:12]
 
 
 def describe_weights(checkpoint: str) -> str | None:

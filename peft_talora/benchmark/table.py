@@ -35,8 +35,8 @@ def make_table(
         protocol: What was run.
         records: Of comparable runs (see `read_comparable`), in the order of the table.
         baselines: Key of the table → the name of the runs that Δm is taken against.
-        costs: `hardware`, `steps` and `rounds`, and `methods`: name → `step_seconds` and `peak_mib`. None: not
-            measured.
+        costs: `hardware`, `commit`, `steps` and `rounds`, and `methods`: name → `step_seconds` and `peak_mib`. None:
+            not measured.
 
     Returns:
         What is written as JSON: `protocol`, `commit`, `hardware`, `baselines`, `cost`, `notes`, `settings` and
@@ -46,7 +46,7 @@ def make_table(
     for name, seeds in runs.items():
         record = next(iter(seeds.values()))
         entry: dict[str, Any] = {"seeds": len(seeds)}
-        entry |= {choice: record.choices[choice] for choice in ("learning_rate", "updates")}
+        entry |= {choice: record.arguments[choice] for choice in ("learning_rate", "updates")}
         for key, baseline in baselines.items():
             entry[key] = _spread_gain(protocol, seeds, runs.get(baseline, {}), notes)
         entry["metrics"] = {
@@ -62,9 +62,9 @@ def make_table(
     return {
         "protocol": protocol.name,
         "commit": ", ".join(sorted({record.commit or "unknown" for record in records})),
-        "hardware": costs["hardware"] if costs else ", ".join(sorted({record.hardware for record in records})),
+        "hardware": ", ".join(sorted({record.hardware for record in records})),
         "baselines": dict(baselines),
-        "cost": costs and {key: costs[key] for key in ("steps", "rounds")},
+        "cost": costs and {key: costs[key] for key in ("steps", "rounds", "commit", "hardware")},
         "notes": sorted(set(notes)),
         "settings": records[0].settings if records else {},
         "methods": methods,
@@ -150,7 +150,14 @@ def to_markdown(table: Table, protocol: Protocol, title: str) -> str:
 
 
 def _introduction(table: Table, protocol: Protocol) -> str:
-    settings = table["settings"]
+    settings, cost = table["settings"], table["cost"]
+    measured = ""
+    if cost:
+        measured = (
+            f" *step* and *peak*: each method's median over {cost['rounds']} runs of {cost['steps']} steps of "
+            f"train.py, one at a time ({cost['hardware']}; commit {cost['commit']}); on a CPU, peak is the whole "
+            "process's."
+        )
     seeds = sorted({method["seeds"] for method in table["methods"].values()})
     return (
         f"{protocol.source[0].upper()}{protocol.source[1:]}. Epochs: {settings['num_train_epochs']}; images a step: "
@@ -162,8 +169,7 @@ def _introduction(table: Table, protocol: Protocol) -> str:
         "means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
         "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
         "same seed. Trained parameters: *adapter* of the low-rank updates, *encoder* of layer norms or of the whole "
-        "encoder, *heads*; with `-stl`, of the runs of all tasks. *step* and *peak*: each method's median over short "
-        "runs of train.py, one at a time; on a CPU, peak is the whole process's."
+        f"encoder, *heads*; with `-stl`, of the runs of all tasks.{measured}"
     )
 
 

@@ -14,8 +14,9 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None, square
 
     The mean over layers, and over the three terms of a layer, of ‖UᵀU − I‖², ‖VᵀV − I‖² and, averaged over k,
     ‖G_kᵀG_k − I‖² (Frobenius; G_k G_kᵀ where r_out < r, as no more columns can be orthonormal). With U and V
-    orthonormal, the size of an update is that of its core. Whatever starts at zero is asked to grow: the output
-    factor, or the core, so that with `init_weights="orthogonal"` the loss starts at a third of the smaller rank.
+    orthonormal, the size of an update is that of its core. Whatever starts at zero (the output factor, or the core:
+    with `init_weights="orthogonal"` the loss starts at a third of the smaller rank) has no gradient of it there, and
+    is asked to grow once the data have moved it.
     Source: the set-up of MTSAM (ICLR 2025), where the weight is 0.1 to 1 and the norms are not squared.
 
     Args:
