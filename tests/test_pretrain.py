@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import SamModel
 
-from peft_talora import load_image_processor, make_small_sam, promptable
+from peft_talora import checkpoint, load_image_processor, make_small_sam, promptable
 from peft_talora.data import ObjectScenes
 from peft_talora.prompts import mask_boxes
 from peft_talora.small_sam import take_over
@@ -248,6 +248,29 @@ def test_other_arguments_are_not_resumed(finished):
         pretrain.train(other, Accelerator(mixed_precision="bf16", cpu=True))
 
 
+def test_another_number_of_processes_does_not_go_on_but_may_measure(finished, tmp_path):
+    """With it, steps have other images and the schedule is at another place."""
+    reset()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(arguments(tmp_path), Stopped(3, mixed_precision="bf16", cpu=True))
+    for folder, step in ((tmp_path, 2), (finished, STEPS)):
+        file = folder / f"checkpoint-{step}" / "progress.json"
+        progress = json.loads(file.read_text())
+        assert progress["arguments"].pop("num_processes") == 1
+        progress["arguments"]["num_processes"] = 2
+        file.write_text(json.dumps(progress))
+
+    def resume(folder):
+        reset()
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        return pretrain.train(arguments(folder, resume_from_checkpoint="latest"), accelerator)
+
+    with pytest.raises(ValueError, match=r"num_processes=2 \(now 1\)"):
+        resume(tmp_path)
+    _, progress = resume(finished)
+    assert (progress.step, progress.images) == (STEPS, 2 * STEPS)
+
+
 def test_a_run_writes_all_that_it_promises(finished):
     assert contents(finished) == {
         "README.md",
@@ -298,6 +321,10 @@ def test_the_card_has_the_figures(finished):
 def test_a_finished_run_is_only_measured(finished, monkeypatch, tmp_path):
     before = load_file(finished / "model.safetensors")
     losses = json.loads((finished / "pretraining.json").read_text())["training"]["losses"]
+    file = finished / f"checkpoint-{STEPS}" / "progress.json"
+    progress = json.loads(file.read_text())
+    progress["origin"]["hardware"] = "where it was trained"
+    file.write_text(json.dumps(progress))
     other = tmp_path / "other"
     make_small_sam(64, seed=3).save_pretrained(other)
     call_main(
@@ -314,6 +341,7 @@ def test_a_finished_run_is_only_measured(finished, monkeypatch, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     results = json.loads((finished / "pretraining.json").read_text())
     assert results["training"]["losses"] == losses
+    assert results["training"]["hardware"] == "where it was trained"
     assert list(results["figures"]["objects"]) == ["pre-trained", "untrained", "other", "box filled"]
 
 
@@ -339,7 +367,7 @@ def test_an_interrupted_report_leaves_nothing_half_written(tmp_path):
     """The folder of a finished training without a report stays as it is, until all files can be written."""
     reset()
     args, accelerator = arguments(tmp_path), Accelerator(cpu=True)
-    model, progress = make_small_sam(SIZE), SimpleNamespace(seconds=0.0, history=[{"loss": object()}])
+    model, progress = make_small_sam(SIZE), checkpoint.Progress(tasks=[], history=[{"loss": object()}])
     with pytest.raises(TypeError):
         pretrain.report(args, accelerator, model, progress)
     assert not contents(tmp_path)
