@@ -71,7 +71,7 @@ class SplitArguments(DataArguments):
     val_fraction: float = field(default=0.1, metadata={"help": "That part, as a share."})
     test_split: str = field(default="test", metadata={"help": "Split of the reported figures; it chooses nothing."})
     augment: bool = field(default=True, metadata={"help": "Random scale-crop (1, 1.2, 1.5) and horizontal flip."})
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Images per step and process."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per batch and process."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
 
 

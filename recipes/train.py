@@ -57,7 +57,7 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
         default=None,
         metadata={
             "help": "'joint': an optimiser step of the weighted sum of all losses; 'alternating': from the same batch "
-            "one step per task, in turn. None: the method's, 'alternating' of talora."
+            "one step per task, in turn. None: the method's, 'alternating' where tasks share what is trained."
         },
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})

@@ -96,6 +96,8 @@ class Method:
 _ALL = frozenset(field.name for field in fields(AdapterArguments))
 _LORA = frozenset({"r", "alpha", "dropout", "target_modules", "train_norms"})
 
+_SHARED: tuple[Updates, ...] = ("alternating", "joint")
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -104,21 +106,21 @@ METHODS: dict[str, Method] = {
             add_talora,
             _ALL,
             3e-3,
-            ("alternating", "joint"),
+            _SHARED,
             resolve_order=resolve_task_order,
             regularizer=keep_orthonormal,
         ),
         Method("lora-stl", add_lora, _LORA, 3e-3, alone="lora-hps"),
-        Method("lora-hps", add_lora, _LORA, 3e-3, ("joint", "alternating")),
+        Method("lora-hps", add_lora, _LORA, 3e-3, _SHARED),
         Method("full-stl", unfreeze_encoder, frozenset(), 1e-3, alone="full-hps"),
-        Method("full-hps", unfreeze_encoder, frozenset(), 1e-3, ("joint", "alternating")),
+        Method("full-hps", unfreeze_encoder, frozenset(), 1e-3, _SHARED),
         Method("heads", add_nothing, frozenset(), 3e-3),
         Method(
             "mtlora",
             mtlora.add_loras,
             _LORA | {"r_task"},
             3e-3,
-            ("joint", "alternating"),
+            _SHARED,
             resolve_order=task_by_task,
             activate=mtlora.activate,
             save=mtlora.save_task,
