@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from benchmark_cases import make_benchmark, record
 
 from peft_talora.benchmark.protocols import SYNTHETIC_3, SYNTHETIC_6
 from peft_talora.benchmark.rates import choose, rate_notes
-from peft_talora.benchmark.records import read_record, write_record
+from peft_talora.benchmark.records import read_comparable, read_record, write_record
+from peft_talora.methods import METHODS
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -116,3 +119,19 @@ def test_divergence_is_an_outcome_of_the_search_unless_nothing_else_comes(tmp_pa
     assert choose(benchmark, (0.5, 0.7, 2), tuning=True) == talora(0.07), "two rates lower than those given"
     diverged = benchmark.output / "runs" / "learning-rates" / "talora-joint-2-seed100.json"
     assert read_record(diverged).validation is None
+
+
+def test_the_methods_defaults_are_what_the_committed_search_chose():
+    found = json.loads((RESULTS / "learning-rates.json").read_text())["methods"]
+    assert found.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        chosen = found[name]
+        assert (chosen["learning_rate"], chosen["updates"]) == (method.learning_rate, method.updates[0]), name
+        assert set(chosen["validation_loss"]) == set(method.updates)
+
+
+def test_the_committed_records_are_comparable():
+    folders = {file.parent for file in (RESULTS / "runs").rglob("*-seed*.json")}
+    assert RESULTS / "runs" / "synthetic-3" in folders
+    for folder in folders - {RESULTS / "runs" / "learning-rates"}:
+        read_comparable(sorted(folder.glob("*-seed*.json")))
