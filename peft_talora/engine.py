@@ -293,8 +293,8 @@ def task_groups(task_names: Sequence[str], order: TaskOrder) -> list[list[str]]:
 def update_groups(task_names: Iterable[str], updates: Updates, step: int) -> list[list[str]]:
     """The tasks of each optimiser step that a batch gives.
 
-    Gradients of different tasks are nearly orthogonal, and AdamW's steps have one size: a step of the sum of all
-    losses takes each task about 1/sqrt(T) as far as a step of its own. With a step per task, every task takes as many
+    AdamW's steps have one size: where the gradients of the tasks are orthogonal and equally large, a step of the sum
+    of all losses takes each task 1/sqrt(T) as far as a step of its own. With a step per task, every task takes as many
     as if it were trained alone. Another task begins each time, so that none is always the last.
 
     Args:
