@@ -165,10 +165,11 @@ def _introduction(table: Table, protocol: Protocol) -> str:
         f"seeds: {', '.join(map(str, seeds))}. Commit {table['commit']}; {table['hardware']}.\n\n"
         "Test images; each run's checkpoint is the one with the lowest weighted sum of losses on the validation "
         "images. Single-task learning (`-stl`) has a run for each task, hence a checkpoint for each. *updates*: one "
-        "optimiser step of all losses for each batch (joint), or one per task (alternating); where tasks share nothing "
-        "that is trained, both are the same. Figures are means over seeds ± half the width of their 95 % interval (Student's t). Δm is the mean relative gain over "
-        "the figures of a task, averaged over the tasks; it is taken seed by seed against the baseline's run of the "
-        "same seed. Trained parameters: *adapter* of the low-rank updates, *encoder* of layer norms or of the whole "
+        "optimiser step of all losses for each batch (joint), or one per task (alternating); where tasks share "
+        "nothing that is trained, both are the same. Figures are means over seeds ± half the width of their 95 % "
+        "interval (Student's t). Δm is the mean relative gain over the figures of a task, averaged over the tasks; it "
+        "is taken seed by seed against the baseline's run of the same seed. Trained parameters: *adapter* of the "
+        "low-rank updates, *encoder* of layer norms or of the whole "
         f"encoder, *heads*; with `-stl`, of the runs of all tasks.{measured}"
     )
 
