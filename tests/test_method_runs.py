@@ -36,7 +36,8 @@ def arguments(tmp_path_factory):
     """8 images, of which 7 are trained on in 3 steps of an epoch; steps 2 and 4 are saved within their epochs."""
     base = tmp_path_factory.mktemp("base")
     make_sam().save_pretrained(base)
-    return ["--base", base, "--num_images", 8, "--num_train_epochs", 2, "--save_steps", 2, "--save_total_limit", 9]
+    small = ["--base", base, "--num_images", 8, "--num_train_epochs", 2, "--per_device_train_batch_size", 2]
+    return [*small, "--save_steps", 2, "--save_total_limit", 9]
 
 
 def train(arguments, method, tasks, folder, *more):

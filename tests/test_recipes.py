@@ -313,6 +313,7 @@ def test_alternating_updates_are_a_clipped_step_per_task(sam_folder, tmp_path):
     train = load_recipe(TRAIN)
     args = train.TrainArguments(base=str(sam_folder), output_dir=str(tmp_path), num_images=3, num_threads=1)
     args.learning_rate, args.updates, args.max_grad_norm, args.weight_decay = 1e-3, "alternating", 0.5, 0.1
+    args.per_device_train_batch_size = 2
     run, by_hand = train.build(args), train.build(args)
     (batch,) = by_hand.loader
     model, kept = by_hand.model, {name: p.clone() for name, p in run.model.named_parameters()}
