@@ -40,7 +40,7 @@ class Progress:
     Attributes:
         tasks: The tasks, in order, each as in `MSamConfig.tasks`.
         arguments: What else decides the run's course; a resumed run must have the same.
-        step: Optimiser steps done.
+        step: Steps done, each of one batch or of several accumulated ones; with alternating updates, one per task.
         epoch: The epoch under way.
         batch: Batches done of that epoch.
         best_loss: Lowest validation loss (weighted sum over the tasks) so far.

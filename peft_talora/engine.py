@@ -107,10 +107,10 @@ def parse_arguments(
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """The flags that say what arguments by name say; what is None, or an empty list, is left out."""
+    """The flags that say what arguments by name say; what is None is left out."""
     flags = []
     for name, value in values.items():
-        if value not in (None, []):
+        if value is not None:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 

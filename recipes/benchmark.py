@@ -186,9 +186,13 @@ def write_tables(benchmark: Benchmark) -> None:
     costs = json.loads(benchmark.cost_file.read_text()) if benchmark.cost_file.exists() else None
     if not records:
         raise ValueError(f"{benchmark.records} has no records: run the stage `runs` first.")
-    settings = costs["settings"] if costs else {}
-    if any(value != records[0].arguments.get(name) for name, value in settings.items()):
-        raise ValueError(f"{benchmark.cost_file} is of other settings than the records: run the stage `cost` again.")
+    for record in records if costs else ():
+        measured = {**costs["settings"], **costs["variants"].get(record.name, {})}
+        if differing := [name for name, value in measured.items() if record.arguments.get(name) != value]:
+            raise ValueError(
+                f"{benchmark.cost_file} is of {record.name} with other {', '.join(differing)} than the records: run "
+                "the stage `cost` again."
+            )
     table = make_table(protocol, records, {"delta_m_vs_talora": "talora"} if ablation else BASELINES, costs)
     table["notes"] += rate_notes(benchmark, records) + ([ABLATION_NOTE] if ablation else [])
     name = f"ablations-{protocol.name}" if ablation else protocol.name

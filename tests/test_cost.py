@@ -18,6 +18,7 @@ def test_costs_are_medians_over_rounds_and_measured_in_one_go(tmp_path, capsys):
     assert found["methods"] == {"heads": {"step_seconds": 0.3, "peak_mib": 100}}
     assert (found["steps"], found["rounds"]) == (4, 3)
     assert found["settings"] == one.settings(one.protocol)
+    assert found["variants"] == one.variants
     capsys.readouterr()
     measure_cost(both, steps=4, rounds=2)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [

@@ -68,11 +68,10 @@ def test_an_accepted_error_is_an_outcome(make_job):
 
 
 def test_flags_say_what_the_arguments_are(make_job):
-    job = make_job("a", tasks=["depth=1"] * 2, base=None, weights=[], augment=False, others={"num_threads": 2})
+    job = make_job("a", tasks=["depth=1"] * 2, base=None, augment=False, others={"num_threads": 2})
     command = " ".join(job.command())
     assert "--end well --tasks depth=1 depth=1 --augment False --num_threads 2 --output_dir" in command
     assert "--base" not in command
-    assert "--weights" not in command
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def measure_cost(benchmark: Benchmark, steps: int, rounds: int) -> None:
     settings = benchmark.settings(protocol)
     wanted = {
         "settings": settings,
+        "variants": variants,
         "steps": steps,
         "rounds": rounds,
         "commit": describe_commit(benchmark.root),
@@ -41,7 +42,7 @@ def measure_cost(benchmark: Benchmark, steps: int, rounds: int) -> None:
             f"{file} has {', '.join(lost)} too, and all costs of a table are measured in one go: give these as well, "
             "or move the file away."
         )
-    # Documents alone change the commit of the same code.
+    # The commit may be another one: documents alone change it.
     if (
         all(found.get(name) == value for name, value in wanted.items() if name != "commit")
         and variants.keys() <= found["methods"].keys()

@@ -154,9 +154,9 @@ def _introduction(table: Table, protocol: Protocol) -> str:
     measured = ""
     if cost:
         measured = (
-            f" *step* and *peak*: each method's median over {cost['rounds']} runs of {cost['steps']} steps of "
-            f"train.py, one at a time ({cost['hardware']}; commit {cost['commit']}); on a CPU, peak is the whole "
-            "process's."
+            f" *step* (a batch with all its updates) and *peak*: each method's median over {cost['rounds']} runs of "
+            f"{cost['steps']} steps of train.py, one at a time ({cost['hardware']}; commit {cost['commit']}); on a "
+            "CPU, peak is the whole process's."
         )
     seeds = sorted({method["seeds"] for method in table["methods"].values()})
     return (
