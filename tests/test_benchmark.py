@@ -141,3 +141,10 @@ def test_from_runs_to_the_table(call, tmp_path, sam):
     assert "| full-stl | 0.01 | joint | 0 |" in (results / "synthetic-3.md").read_text()
     with Image.open(results / "synthetic-3.png") as picture:
         assert picture.size == (780, 470)
+
+    file = results / "runs" / "synthetic-3" / "cost.json"
+    costs = json.loads(file.read_text())
+    costs["variants"]["talora"]["updates"] = "joint"
+    file.write_text(json.dumps(costs))
+    with pytest.raises(ValueError, match=r"cost.json is of talora with other updates than the records"):
+        call("--stages", "table")
