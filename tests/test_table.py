@@ -34,6 +34,7 @@ def test_figures_parameters_and_costs_by_hand():
     table = make_table(PROTOCOL, [*STL, *OURS], BASELINES, costs)
     talora = table["methods"]["talora"]
     assert talora["seeds"] == 2
+    assert talora["validation_loss"] == {"mean": 0.75, "ci95": [0.75, 0.75]}
     assert talora["metrics"]["segmentation"]["miou"]["mean"] == pytest.approx(0.5)
     assert talora["metrics"]["segmentation"]["miou"]["ci95"] == pytest.approx([0.5 - 1.27062, 0.5 + 1.27062], rel=1e-4)
     assert (talora["adapter_parameters"], talora["other_parameters"], talora["head_parameters"]) == (1000, 230, 5000)
@@ -81,7 +82,10 @@ def test_seeds_that_the_baseline_lacks_are_left_out_of_its_gain_and_said_so():
 
 def test_the_markdown_has_a_row_per_method_and_all_figures():
     text = to_markdown(make_table(PROTOCOL, [*STL, *OURS], BASELINES), PROTOCOL, "camvid-2")
-    assert "| talora | 0.001 | joint | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |" in text
+    assert (
+        "| talora | 0.001 | joint | 0.750 ± 0.000 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |"
+        in text
+    )
     assert "segmentation miou ↑" in text
     assert "step (ms)" not in text, "not measured"
     assert text.count("| full-stl |") == 3

@@ -47,6 +47,7 @@ def make_table(
         record = next(iter(seeds.values()))
         entry: dict[str, Any] = {"seeds": len(seeds)}
         entry |= {choice: record.arguments[choice] for choice in ("learning_rate", "updates")}
+        entry["validation_loss"] = _spread([run.validation_loss for run in seeds.values()])
         for key, baseline in baselines.items():
             entry[key] = _spread_gain(protocol, seeds, runs.get(baseline, {}), notes)
         entry["metrics"] = {
@@ -119,6 +120,7 @@ def to_markdown(table: Table, protocol: Protocol, title: str) -> str:
     if len({method["seeds"] for method in methods.values()}) > 1:
         columns["seeds"] = lambda m: str(m["seeds"])
     columns |= {"learning rate": lambda m: f"{m['learning_rate']:g}", "updates": lambda m: m["updates"]}
+    columns["validation loss ↓"] = lambda m: _with_interval(m["validation_loss"])
     columns |= {
         f"Δm over {name} (%)": lambda m, key=key: _with_interval(m[key], 2, sign="+")
         for key, name in table["baselines"].items()
@@ -166,7 +168,8 @@ def _introduction(table: Table, protocol: Protocol) -> str:
         "Test images; each run's checkpoint is the one with the lowest weighted sum of losses on the validation "
         "images. Single-task learning (`-stl`) has a run for each task, hence a checkpoint for each. *updates*: one "
         "optimiser step of all losses for each batch (joint), or one per task (alternating); where tasks share "
-        "nothing that is trained, both are the same. Figures are means over seeds ± half the width of their 95 % "
+        "nothing that is trained, both are the same. *validation loss*: that weighted sum, by which all "
+        "is chosen. Figures are means over seeds ± half the width of their 95 % "
         "interval (Student's t). Δm is the mean relative gain over the figures of a task, averaged over the tasks; it "
         "is taken seed by seed against the baseline's run of the same seed. Trained parameters: *adapter* of the "
         "low-rank updates, *encoder* of layer norms or of the whole "
