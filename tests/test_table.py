@@ -82,10 +82,8 @@ def test_seeds_that_the_baseline_lacks_are_left_out_of_its_gain_and_said_so():
 
 def test_the_markdown_has_a_row_per_method_and_all_figures():
     text = to_markdown(make_table(PROTOCOL, [*STL, *OURS], BASELINES), PROTOCOL, "camvid-2")
-    assert (
-        "| talora | 0.001 | joint | 0.750 ± 0.000 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | 5,000 |"
-        in text
-    )
+    row = "| talora | 0.001 | joint | 0.750 ± 0.000 | +11.88 ± 150.89 | 0.500 ± 1.271 | 0.500 ± 0.000 | 1,000 | 230 | "
+    assert row + "5,000 |" in text
     assert "segmentation miou ↑" in text
     assert "step (ms)" not in text, "not measured"
     assert text.count("| full-stl |") == 3
