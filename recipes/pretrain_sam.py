@@ -3,8 +3,8 @@
     accelerate launch recipes/pretrain_sam.py --output_dir runs/pretrain
     accelerate launch recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest
     python recipes/pretrain_sam.py --output_dir runs/rooms --data rooms         # the same on SyntheticScenes
-    python recipes/pretrain_sam.py --output_dir runs/pretrain --resume_from_checkpoint latest \
-        --compare rooms=runs/rooms --data_root camvid --ignored_class 11        # a finished run is only measured
+    python recipes/pretrain_sam.py --measure runs/pretrain \
+        --compare rooms=runs/rooms --data_root camvid --ignored_class 11        # a finished one, beside others
 
 The checkpoint in `peft_talora/checkpoints/small-sam` was made by it. It writes a stock `SamModel` in half precision
 with its image processor, `pretraining.json` (how well it segments, beside baselines) and a card.
@@ -59,6 +59,10 @@ class PretrainArguments:
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that draw images; 0: none."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' goes on with output_dir's."})
+    measure: str | None = field(
+        default=None,
+        metadata={"help": "Train nothing: measure what this recipe left in that folder; its figures and card change."},
+    )
     test_images: int = field(default=256, metadata={"help": "Held-out generated images of each kind."})
     compare: list[str] = field(
         default_factory=list, metadata={"help": "Other SAM checkpoints to measure, as name=folder."}
@@ -155,6 +159,9 @@ def step_loss(model: torch.nn.Module, batch: dict, step: int, seed: int) -> torc
 def main() -> None:
     """Train, measure, write."""
     args = engine.parse_arguments(PretrainArguments)
+    if args.measure is not None:
+        measure_again(args)
+        return
     check(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -290,7 +297,7 @@ def make_optimizers(model: SamModel, args: PretrainArguments) -> list[torch.opti
 def deciding_arguments(args: PretrainArguments) -> dict:
     """What decides the course of the training."""
     free = {"output_dir", "num_threads", "dataloader_num_workers", "save_steps", "resume_from_checkpoint"}
-    free |= {"test_images", "compare", "data_root", "real_split", "ignored_class"}
+    free |= {"measure", "test_images", "compare", "data_root", "real_split", "ignored_class"}
     return {name: value for name, value in asdict(args).items() if name not in free}
 
 
@@ -315,12 +322,8 @@ def batches_from(args: PretrainArguments, accelerator: Accelerator, split: str, 
 def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, progress: checkpoint.Progress) -> None:
     """Measure the model and its baselines on held-out images; write checkpoint, figures and card."""
     model = model.half().float().eval()  # as it will be read again
-    models = {"pre-trained": model, "untrained": small_sam.make_small_sam(args.image_size, args.seed)}
-    for name, folder in compared_folders(args).items():
-        models[name] = SamModel.from_pretrained(folder, dtype=torch.float32).eval()
-    models = {name: model.to(accelerator.device) for name, model in models.items()}
     results = {
-        "figures": {name: promptable.measure(models, scenes) for name, scenes in held_out(args).items()},
+        "figures": measure(args, model, accelerator.device),
         "training": {
             "data": args.data,
             "images": progress.images,
@@ -334,10 +337,46 @@ def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, p
     with files.write_aside(args.output_dir) as aside:
         save_in_half_precision(model, aside)
         data.make_image_processor(args.image_size).save_pretrained(aside)
-        files.write_json(aside / "pretraining.json", results)
-        (aside / "README.md").write_text(card(results))
-    print(figures_table(results["figures"]))
+        write_results(aside, results)
     print(f"The checkpoint, pretraining.json and a card are in {args.output_dir}.")
+
+
+def measure_again(args: PretrainArguments) -> None:
+    """Measure a finished checkpoint, whose other arguments are those that it was trained with.
+
+    Raises:
+        ValueError: If the folder is none that this recipe has finished.
+    """
+    file = Path(args.measure) / "pretraining.json"
+    if not file.is_file():
+        raise ValueError(f"`measure` is {args.measure!r}: it has no {file.name}, which this recipe leaves at its end.")
+    training = json.loads(file.read_text())["training"]
+    trained = {name: training["arguments"][name] for name in ("data", "image_size", "seed")}
+    args = replace(args, **trained)
+    check(args)
+    accelerator = Accelerator()
+    engine.set_threads(args, accelerator)
+    model = SamModel.from_pretrained(args.measure, dtype=torch.float32).eval()
+    results = {"figures": measure(args, model, accelerator.device), "training": training}
+    with files.write_aside(args.measure) as aside:
+        write_results(aside, results)
+    print(f"pretraining.json and the card in {args.measure} have these figures now.")
+
+
+def measure(args: PretrainArguments, model: SamModel, device: torch.device) -> dict[str, dict]:
+    """Figures by set of images, of the model and of what it is compared with."""
+    models = {"pre-trained": model, "untrained": small_sam.make_small_sam(args.image_size, args.seed)}
+    for name, folder in compared_folders(args).items():
+        models[name] = SamModel.from_pretrained(folder, dtype=torch.float32).eval()
+    models = {name: model.to(device) for name, model in models.items()}
+    return {name: promptable.measure(models, scenes) for name, scenes in held_out(args).items()}
+
+
+def write_results(folder: Path, results: dict) -> None:
+    """Write figures and card, and show the figures."""
+    files.write_json(folder / "pretraining.json", results)
+    (folder / "README.md").write_text(card(results))
+    print(figures_table(results["figures"]))
 
 
 def save_in_half_precision(model: SamModel, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,31 +319,29 @@ def test_the_card_has_the_figures(finished):
     assert f"{2 * STEPS} generated images (objects)" in card
 
 
-def test_a_finished_run_is_only_measured(finished, monkeypatch, tmp_path):
-    before = load_file(finished / "model.safetensors")
-    losses = json.loads((finished / "pretraining.json").read_text())["training"]["losses"]
-    file = finished / f"checkpoint-{STEPS}" / "progress.json"
-    progress = json.loads(file.read_text())
-    progress["origin"]["hardware"] = "where it was trained"
-    file.write_text(json.dumps(progress))
-    other = tmp_path / "other"
+def test_a_finished_run_is_measured_again_beside_others(finished, monkeypatch, tmp_path):
+    """From its checkpoint alone, by what it says of its own training."""
+    reset()
+    alone, other = tmp_path / "alone", tmp_path / "other"
+    names = ("config.json", "model.safetensors", "pretraining.json", "README.md")
+    for file in (finished / name for name in names):
+        alone.mkdir(exist_ok=True)
+        shutil.copyfile(file, alone / file.name)
     make_small_sam(64, seed=3).save_pretrained(other)
-    call_main(
-        monkeypatch,
-        *flags(
-            finished,
-            resume_from_checkpoint="latest",
-            compare=f"other={other}",
-            test_images=1,
-            dataloader_num_workers=0,
-        ),
-    )
-    after = load_file(finished / "model.safetensors")
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    results = json.loads((finished / "pretraining.json").read_text())
-    assert results["training"]["losses"] == losses
-    assert results["training"]["hardware"] == "where it was trained"
-    assert list(results["figures"]["objects"]) == ["pre-trained", "untrained", "other", "box filled"]
+    before = json.loads((alone / "pretraining.json").read_text())
+    call_main(monkeypatch, "--measure", str(alone), "--compare", f"other={other}", "--test_images", "1")
+    after = json.loads((alone / "pretraining.json").read_text())
+    assert contents(alone) == set(names)
+    assert (alone / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert after["training"] == before["training"]
+    assert list(after["figures"]["objects"]) == ["pre-trained", "untrained", "other", "box filled"]
+    assert "| other |" in (alone / "README.md").read_text()
+
+
+def test_only_what_the_recipe_has_finished_is_measured_again(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"`measure` is .*: it has no pretraining.json"):
+        call_main(monkeypatch, "--measure", str(tmp_path))
+    assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize(
