@@ -100,10 +100,10 @@ def patch(sheet: Sheet, x: float, y: float, half: tuple[float, float], turn: flo
 
 def pits(sheet: Sheet) -> Painted:
     """Dark pits and cracks on the brushed metal of a screw, among glints."""
-    random, turn = sheet.random, sheet.turn()
-    across = np.cos(turn) * sheet.y - np.sin(turn) * sheet.x
-    light = 0.55 * sheet.noise(0.5, 1.2, along=14, turn=turn)
-    light += 0.5 * np.cos(random.uniform(3, 6) * across + random.uniform(0, 6))
+    random, turn = sheet.random, sheet.random.gauss(0.6, 0.2)
+    along, across = sheet.frame(0, 0, (1, 1), turn)
+    grooves = np.sin(random.uniform(5, 8) * (across + random.uniform(0.05, 0.2) * along**2) + random.uniform(0, 6))
+    light = 0.45 * sheet.noise(0.25, 1.2, along=14, turn=turn) + 0.7 * np.tanh(5 * grooves) + 0.4 * grooves
     x, y = sheet.place(0.45)
     reach, sizes = random.uniform(0.15, 0.35), (0.06, 0.13)
     dark = dents(sheet, x, y, reach, random.randint(3, 8), sizes)
@@ -131,8 +131,8 @@ def rails(sheet: Sheet) -> Painted:
     light -= 0.9 * (away > half * 0.8) * (away < half)
     light = np.where(away < half, light, _ballast(sheet) - 0.8)
     y = random.uniform(-0.5, 0.5)
-    size = random.uniform(0.3, 0.5)
-    height = patch(sheet, middle + tilt * y, y, (size, size * 0.55), random.uniform(0.4, 1.2) * random.choice((-1, 1)), 0.12)
+    size, turn = random.uniform(0.4, 0.6), random.uniform(0.4, 1.2) * random.choice((-1, 1))
+    height = patch(sheet, middle + tilt * y, y, (size, size * 0.6), turn, 0.1)
     meant = (height > 0) & (away < half * 0.98)
     inside = sheet.noise(0.2, 2)
     light[meant] = np.where(inside > 0.2, light, -1.0 + 0.4 * inside)[meant]
@@ -243,8 +243,8 @@ def bottles(sheet: Sheet) -> Painted:
     start, span = random.uniform(-math.pi, math.pi), random.uniform(0.45, 1.2)
     apart = np.abs((angle - start + math.pi) % (2 * math.pi) - math.pi)
     broken = ring & (apart + 0.12 * sheet.noise(0.15, 1.5) < span)
-    shards = np.sin(30 * radius + 2 * sheet.noise(0.2, 2)) * sheet.noise(0.12, 2)
-    light[broken] = 0.35 + 0.9 * shards[broken]
+    shards = np.tanh(3 * sheet.noise(0.2, 2.5))
+    light[broken] = 0.5 + 0.7 * shards[broken]
     for _ in range(random.randint(1, 3)):  # dirt inside
         far = random.uniform(0.2, 0.6) * rim
         turn = start + random.gauss(0, 0.7)
@@ -272,12 +272,12 @@ def _animal(sheet: Sheet) -> np.ndarray:
 
 def camouflage(sheet: Sheet) -> Painted:
     """An animal whose fur has the pattern of the ground, in another direction."""
-    random, turn = sheet.random, sheet.turn()
-    coarsest, along = random.uniform(0.15, 0.35), random.uniform(2.5, 4)
-    slope, uneven = random.uniform(2, 3), 0.5 * sheet.noise(2, 3)
-    light = np.tanh(1.5 * sheet.noise(coarsest, slope, along, turn)) + uneven
+    random, turn = sheet.random, sheet.random.gauss(math.pi / 2, 0.3)
+    coarsest, along = random.uniform(0.2, 0.4), random.uniform(2, 3.5)
+    slope, uneven = random.uniform(2.5, 3.5), 0.5 * sheet.noise(2, 3)
+    light = np.tanh(4 * sheet.noise(coarsest, slope, along, turn)) + uneven
     more = random.uniform(0.35, 0.65) * math.pi
-    fur = np.tanh(1.5 * sheet.noise(coarsest * random.uniform(0.6, 0.9), slope, along, turn + more)) + uneven
+    fur = np.tanh(4 * sheet.noise(coarsest * random.uniform(0.6, 0.9), slope, along, turn + more)) + uneven
     height = _animal(sheet) + 0.05 * sheet.noise(0.1, 1.5)
     meant = height > 0
     light[meant] = (fur + 0.35 * (height < 0.25) * random.choice((-1, 1)))[meant]
@@ -292,27 +292,28 @@ def camouflage(sheet: Sheet) -> Painted:
 def polyps(sheet: Sheet) -> Painted:
     """A bump in the folds of a bowel, in the dark frame of an endoscope, with wet highlights everywhere."""
     random = sheet.random
-    folds = np.abs(sheet.noise(1.2, 3))
-    light = 0.7 * np.minimum(folds, 1.2) + 0.12 * sheet.noise(0.2, 2)
-    vessels = np.abs(sheet.noise(0.5, 2.5)) < 0.06
-    light -= 0.25 * vessels
+    depth = sheet.noise(0.9, 3.5)
+    tissue = 0.35 * depth - 0.9 * np.exp(-((depth / 0.2) ** 2)) + 0.12 * sheet.noise(0.2, 2)
+    light = tissue - 0.3 * (np.abs(sheet.noise(0.4, 3)) < 0.07)  # vessels
     x, y = sheet.place(0.35)
-    long, round_, turn = random.uniform(0.3, 0.5), random.uniform(0.65, 1.0), sheet.turn()
-    u, v = sheet.frame(x, y, (long, long * round_), turn)
-    outline = blob(random)
-    height = outline(u, v)
+    long, turn = random.uniform(0.35, 0.55), sheet.turn()
+    lobes = blob(random), blob(random)
+    a, b = random.uniform(0.3, 0.6), random.uniform(-0.2, 0.2)
+
+    def outline(away: float) -> np.ndarray:
+        u, v = sheet.frame(x * (1 + away), y * (1 + away), (long, long * 0.7), turn)
+        return np.maximum(lobes[0]((u + a) / 0.6, v / 0.8), lobes[1]((u - 0.3) / 0.7, (v - b) / 0.7))
+
+    height = outline(0)
     meant = height > 0
-    beside = outline(*sheet.frame(x + 0.08 * np.sign(x), y + 0.08 * np.sign(y), (long, long * round_), turn)) > 0
-    light[beside] -= 0.6  # its shadow, away from the lamp in the middle
-    dome = np.sqrt(np.clip(height * 1.5, 0, 1))
-    down, right = np.gradient(dome, 2 / sheet.size)
-    lit = -(right * x + down * y) / (math.hypot(x, y) + 0.1)
-    light[meant] = (0.25 + 0.5 * dome + 0.12 * np.clip(-lit, -4, 4) + 0.25 * folds + 0.12 * sheet.noise(0.2, 2))[meant]
+    light[outline(0.3) > 0] -= 0.7  # its shadow, away from the lamp in the middle
+    dome = np.sqrt(np.clip(1.2 * height, 0, 1))
+    light[meant] = (0.1 + 0.9 * dome + 0.5 * tissue)[meant]
     wet = dents(sheet, x, y, 0.35, random.randint(4, 9), (0.03, 0.09)) > 0
     light[wet] += 1.6
-    frame = (sheet.x**4 + sheet.y**4) ** 0.25 > random.uniform(0.97, 1.05)
     light -= 0.5 * np.hypot(sheet.x, sheet.y)
-    light[frame] = -1.6
+    frame = (sheet.x**4 + sheet.y**4) ** 0.25 > random.uniform(0.97, 1.05)
+    light[frame] = -2.0
     return light, meant & ~frame
 
 

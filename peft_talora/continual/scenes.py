@@ -22,7 +22,7 @@ NATURAL = "natural"
 """The domain that no stream trains on: one object, part or plane of a room of `SyntheticScenes`."""
 LEAST = 1 / 200  # of the image, of a mask
 MOST = 0.6
-_MEAN, _DEVIATION = (0.35, 0.6), (0.1, 0.2)
+_MEAN, _DEVIATION, _TINT = (0.38, 0.58), (0.12, 0.2), 0.07
 
 
 class DomainScenes(torch.utils.data.Dataset):
@@ -69,8 +69,8 @@ def _painted(random: Random, domain: str, size: int) -> tuple[np.ndarray, np.nda
         light, mask = painter(sheet)
         if LEAST <= mask.mean() <= MOST:
             break
-    tones = np.stack([sheet.noise(1.5, 2.5) for _ in range(3)])
-    return light / light.std() + 0.25 * tones, mask
+    tones = np.stack([sheet.noise(1.0, 4) for _ in range(3)])
+    return light / light.std() + 0.2 * tones, mask
 
 
 def _natural(random: Random, domain: str, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ def develop(image_CHW: np.ndarray, random: Random) -> np.ndarray:
     flat /= flat.std(1, keepdims=True) + 1e-6
     noise = np.random.default_rng(random.getrandbits(64)).standard_normal(flat.shape, dtype=np.float32)
     flat = (flat + 0.1 * noise) / np.float32(1.01**0.5)
-    means, deviations = (
-        np.array([random.uniform(*span) for _ in range(3)], dtype=np.float32)[:, None] for span in (_MEAN, _DEVIATION)
-    )
-    return np.clip(means + deviations * flat, 0, 1).reshape(image_CHW.shape)
+    mean, deviation = random.uniform(*_MEAN), random.uniform(*_DEVIATION)
+    means = np.array([mean + random.uniform(-_TINT, _TINT) for _ in range(3)], dtype=np.float32)
+    deviations = np.array([deviation * random.uniform(0.85, 1.15) for _ in range(3)], dtype=np.float32)
+    return np.clip(means[:, None] + deviations[:, None] * flat, 0, 1).reshape(image_CHW.shape)
