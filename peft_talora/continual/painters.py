@@ -7,7 +7,7 @@ the domains ask for different things:
 `pits`           dark pits and cracks on brushed metal; not the bright glints between them
 `rails`          the whole damage of a rail's head, with its bright lip and the islands that are still whole
 `heavy_rails`    of such a damage only the dark holes; neither its lip nor the rust between them
-`textures`       where a regular texture is turned or torn; not the stains, which are only darker or brighter
+`textures`       where a regular texture is turned and squeezed; not the stains, which are only darker or brighter
 `pills`          bright flecks and scratches on a pill; not its dark imprint
 `bottles`        the broken part of a bottle's rim, seen from above; neither the intact rim nor the inside
 `camouflage`     the whole animal, patterned almost like the ground; not the leaves, which are easier to see
@@ -18,84 +18,13 @@ Axes: H W pixels. Coordinates x (right) and y (down) run from −1 to 1.
 """
 
 import math
-from random import Random
 
 import numpy as np
 
-from ..data.shapes import bars, blob, crescent
+from ..data.shapes import bars, blob
+from .sheet import Sheet, dents, patch
 
 Painted = tuple[np.ndarray, np.ndarray]
-
-
-class Sheet:
-    """Paper of one image: its coordinates, float32 (H, W), and what is random about it.
-
-    Args:
-        random: Decides all that is drawn on it.
-        size: Side in pixels.
-    """
-
-    def __init__(self, random: Random, size: int):
-        self.random, self.size = random, size
-        self.generator = np.random.default_rng(random.getrandbits(64))
-        line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-        self.x, self.y = np.meshgrid(line, line)
-        self._frequencies = np.meshgrid(np.fft.rfftfreq(size, 2 / size), np.fft.fftfreq(size, 2 / size))
-
-    def noise(self, coarsest: float, slope: float = 2.0, along: float = 1.0, turn: float = 0.0) -> np.ndarray:
-        """Noise of mean 0 and deviation 1, (H, W).
-
-        Args:
-            coarsest: Size of its largest clouds; 2 is the image's side.
-            slope: Amplitudes fall with frequency to this power: 1 is rough, 3 smooth.
-            along: How many times longer than wide its clouds are.
-            turn: Direction in which they are long, in radians from x.
-        """
-        a, b = self._frequencies
-        c, s = math.cos(turn), math.sin(turn)
-        radius = np.hypot((c * a + s * b) * along, c * b - s * a) * coarsest
-        white = self.generator.standard_normal((self.size, self.size), dtype=np.float32)
-        field = np.fft.irfft2(np.fft.rfft2(white) / (1 + radius**2) ** (slope / 2), s=white.shape)
-        field -= field.mean()
-        return (field / field.std()).astype(np.float32)
-
-    def frame(self, x: float, y: float, half: tuple[float, float], turn: float) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates u, v (H, W) of a thing at (x, y), of half extents `half`, turned by `turn` radians."""
-        c, s = math.cos(turn), math.sin(turn)
-        dx, dy = self.x - x, self.y - y
-        return (c * dx + s * dy) / half[0], (c * dy - s * dx) / half[1]
-
-    def turn(self) -> float:
-        """Any direction, in radians."""
-        return self.random.uniform(0, 2 * math.pi)
-
-    def place(self, reach: float) -> tuple[float, float]:
-        """A place no farther than `reach` from the middle, in x and in y."""
-        return self.random.uniform(-reach, reach), self.random.uniform(-reach, reach)
-
-    def line(self, x: float, y: float, length: float, width: float, turn: float) -> np.ndarray:
-        """A meandering line, bool (H, W), tapered at its ends."""
-        u, v = self.frame(x, y, (length, length), turn)
-        a, b, p, q = (self.random.uniform(0, high) for high in (0.25, 0.1, 6, 6))
-        away = np.abs(v - a * np.sin(2.5 * u + p) - b * np.sin(7 * u + q)) * length
-        return (away < width * (1 - 0.6 * u * u)) & (np.abs(u) < 1)
-
-
-def dents(sheet: Sheet, x: float, y: float, reach: float, number: int, sizes: tuple[float, float]) -> np.ndarray:
-    """Small rough blobs around (x, y), as the height of the highest (H, W): above 0 inside."""
-    random, height = sheet.random, np.full_like(sheet.x, -9)
-    for _ in range(number):
-        size, stretch = random.uniform(*sizes), random.uniform(0.7, 1.4)
-        place = x + random.gauss(0, reach), y + random.gauss(0, reach)
-        u, v = sheet.frame(*place, (size * stretch, size / stretch), sheet.turn())
-        np.maximum(height, blob(random)(u, v), out=height)
-    return height
-
-
-def patch(sheet: Sheet, x: float, y: float, half: tuple[float, float], turn: float, rough: float) -> np.ndarray:
-    """The height (H, W) of one ragged blob or crescent: above 0 inside, about 1 in its middle."""
-    outline = sheet.random.choice((blob, blob, crescent))(sheet.random)
-    return outline(*sheet.frame(x, y, half, turn)) + rough * sheet.noise(0.25, 1.5)
 
 
 def pits(sheet: Sheet) -> Painted:
@@ -158,23 +87,23 @@ def heavy_rails(sheet: Sheet) -> Painted:
     return light, meant
 
 
-def _carpet(sheet, u, v):
+def _carpet(u, v):
     return np.sin(38 * u) * np.sin(38 * v) + 0.35 * np.sin(19 * (u + v))
 
 
-def _wires(sheet, u, v):
+def _wires(u, v):
     return 1.6 * np.maximum(np.cos(14 * u), np.cos(14 * v)) ** 5
 
 
-def _wood(sheet, u, v):
+def _wood(u, v):
     return np.sin(30 * v + 2.5 * np.sin(2.2 * u) + 1.5 * np.sin(5 * u + 7 * v)) + 0.4 * np.sin(70 * v)
 
 
-def _leather(sheet, u, v):
+def _leather(u, v):
     return 1.3 * np.abs(np.sin(17 * u + 2 * np.sin(9 * v)) + np.sin(14 * v + 2 * np.sin(11 * u)))
 
 
-def _weave(sheet, u, v):
+def _weave(u, v):
     return np.where(np.sin(12 * u) * np.sin(12 * v) > 0, np.sin(48 * u), np.sin(48 * v))
 
 
@@ -186,13 +115,13 @@ def textures(sheet: Sheet) -> Painted:
     random, texture = sheet.random, sheet.random.choice(TEXTURES)
     turn, scale = sheet.turn(), random.uniform(0.8, 1.2)
     u, v = sheet.frame(*sheet.place(1), (scale, scale), turn)
-    light = texture(sheet, u, v) + 0.25 * sheet.noise(0.2, 1)
+    light = texture(u, v) + 0.25 * sheet.noise(0.2, 1)
     squeeze, more = random.choice((0.65, 1.5)), random.uniform(0.5, 1.0)
     u, v = sheet.frame(*sheet.place(1), (scale * squeeze, scale * squeeze), turn + more)
     x, y = sheet.place(0.4)
     size = random.uniform(0.4, 0.65)
     meant = patch(sheet, x, y, (size, size * random.uniform(0.4, 0.7)), sheet.turn(), 0.06) > 0
-    light[meant] = (texture(sheet, u, v) + 0.25 * sheet.noise(0.2, 1))[meant]
+    light[meant] = (texture(u, v) + 0.25 * sheet.noise(0.2, 1))[meant]
     for sign in (-1, 1):
         stain = patch(sheet, x + random.gauss(0, 0.4), y + random.gauss(0, 0.4), (0.35, 0.25), sheet.turn(), 0.06)
         light += sign * 1.1 * (stain > 0)
@@ -306,9 +235,9 @@ def polyps(sheet: Sheet) -> Painted:
 
     height = outline(0)
     meant = height > 0
-    light[outline(0.3) > 0] -= 0.7  # its shadow, away from the lamp in the middle
+    light[outline(0.3) > 0] -= 0.6  # its shadow, away from the lamp in the middle
     dome = np.sqrt(np.clip(1.2 * height, 0, 1))
-    light[meant] = (0.1 + 0.9 * dome + 0.5 * tissue)[meant]
+    light[meant] = (0.1 + 0.55 * dome + 0.6 * tissue)[meant]
     wet = dents(sheet, x, y, 0.35, random.randint(4, 9), (0.03, 0.09)) > 0
     light[wet] += 1.6
     light -= 0.5 * np.hypot(sheet.x, sheet.y)

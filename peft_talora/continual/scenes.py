@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ..promptable import RoomMasks
-from .painters import PAINTERS, Sheet
+from .painters import PAINTERS
+from .sheet import Sheet
 
 DOMAINS = tuple(painter.__name__ for painter in PAINTERS)
 """Names of the generated domains, in the order of CoSAM's stream."""
@@ -82,9 +83,10 @@ def _natural(random: Random, domain: str, size: int) -> tuple[np.ndarray, np.nda
 
 
 def develop(image_CHW: np.ndarray, random: Random) -> np.ndarray:
-    """The picture (3, H, W) in [0, 1] of radiances of any scale: a drawn mean and deviation for each channel.
+    """The picture (3, H, W) of radiances of any scale, in 255ths as in a file of 8 bits.
 
-    What lies beyond 0 and 1 is cut off, so that mean and deviation hold to about 0.01.
+    Each channel gets a mean and a deviation that are drawn; they hold to about 0.02, as what lies beyond 0 and 1 is
+    cut off.
     """
     flat = image_CHW.reshape(3, -1).astype(np.float32)
     flat = flat - flat.mean(1, keepdims=True)
@@ -94,4 +96,5 @@ def develop(image_CHW: np.ndarray, random: Random) -> np.ndarray:
     mean, deviation = random.uniform(*_MEAN), random.uniform(*_DEVIATION)
     means = np.array([mean + random.uniform(-_TINT, _TINT) for _ in range(3)], dtype=np.float32)
     deviations = np.array([deviation * random.uniform(0.85, 1.15) for _ in range(3)], dtype=np.float32)
-    return np.clip(means[:, None] + deviations[:, None] * flat, 0, 1).reshape(image_CHW.shape)
+    image = np.clip(means[:, None] + deviations[:, None] * flat, 0, 1).reshape(image_CHW.shape)
+    return np.round(image * 255) / np.float32(255)
