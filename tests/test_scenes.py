@@ -143,7 +143,7 @@ def test_a_filled_box_is_no_solution(scenes, domain):
 
 
 def test_domains_contradict_each_other(scenes):
-    """In the box, pits are what is darkest and flecks on pills what is brightest."""
+    """In the box, pits are what is darkest, flecks on pills what is brightest, and animals are as light as the rest."""
 
     def contrast(sample):
         mask, grey = sample["masks"][0], sample["image"].mean(0)
@@ -155,8 +155,7 @@ def test_domains_contradict_each_other(scenes):
     contrasts = {domain: torch.stack([contrast(sample) for sample in found]) for domain, found in scenes.items()}
     assert contrasts["pits"].max() < 0 < contrasts["pills"].min()
     assert contrasts["heavy_rails"].max() < 0
-    for whole in ("textures", "camouflage", "polyps"):
-        assert contrasts[whole].mean().abs() < 1
+    assert contrasts["camouflage"].mean().abs() < 0.5
 
 
 def test_noise_is_normed_and_runs_along_its_turn():
