@@ -143,7 +143,7 @@ def test_a_filled_box_is_no_solution(scenes, domain):
 
 
 def test_domains_contradict_each_other(scenes):
-    """In the box, pits are what is darkest, flecks on pills what is brightest, and animals are as light as the rest."""
+    """In the box, pits are what is darkest, flecks on pills what is brightest; animals are as light as the rest."""
 
     def contrast(sample):
         mask, grey = sample["masks"][0], sample["image"].mean(0)

@@ -76,7 +76,7 @@ def collate_domain(samples: Sequence[dict], image_size: int, resize: str = "stre
         H, W = sample["image"].shape[1:]
         height, width = input_size((H, W), image_size, resize)
         image = sample["image"]
-        if (H, W) != (height, width):
+        if (height, width) != (H, W):
             image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
         pixel_values[row, :, :height, :width] = (image - mean) / deviation
         masks[row, :, :height, :width] = resize_mask(sample["masks"], (height, width))

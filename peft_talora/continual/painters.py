@@ -116,7 +116,7 @@ def textures(sheet: Sheet) -> Painted:
     turn, scale = sheet.turn(), random.uniform(0.8, 1.2)
     u, v = sheet.frame(*sheet.place(1), (scale, scale), turn)
     light = texture(u, v) + 0.25 * sheet.noise(0.2, 1)
-    squeeze, more = random.choice((0.65, 1.5)), random.uniform(0.5, 1.0)
+    squeeze, more = random.choice((0.55, 1.8)), random.uniform(0.6, 1.0)
     u, v = sheet.frame(*sheet.place(1), (scale * squeeze, scale * squeeze), turn + more)
     x, y = sheet.place(0.4)
     size = random.uniform(0.4, 0.65)
@@ -124,7 +124,7 @@ def textures(sheet: Sheet) -> Painted:
     light[meant] = (texture(u, v) + 0.25 * sheet.noise(0.2, 1))[meant]
     for sign in (-1, 1):
         stain = patch(sheet, x + random.gauss(0, 0.4), y + random.gauss(0, 0.4), (0.35, 0.25), sheet.turn(), 0.06)
-        light += sign * 1.1 * (stain > 0)
+        light += sign * 0.9 * (stain > 0)
     return light, meant
 
 
@@ -206,10 +206,10 @@ def camouflage(sheet: Sheet) -> Painted:
     slope, uneven = random.uniform(2.5, 3.5), 0.5 * sheet.noise(2, 3)
     light = np.tanh(4 * sheet.noise(coarsest, slope, along, turn)) + uneven
     more = random.uniform(0.35, 0.65) * math.pi
-    fur = np.tanh(4 * sheet.noise(coarsest * random.uniform(0.6, 0.9), slope, along, turn + more)) + uneven
+    fur = np.tanh(4 * sheet.noise(coarsest * random.uniform(0.4, 0.7), slope, along, turn + more)) + uneven
     height = _animal(sheet) + 0.05 * sheet.noise(0.1, 1.5)
     meant = height > 0
-    light[meant] = (fur + 0.35 * (height < 0.25) * random.choice((-1, 1)))[meant]
+    light[meant] = (fur + 0.5 * (height < 0.25) * random.choice((-1, 1)))[meant]
     for _ in range(random.randint(3, 6)):
         size = random.uniform(0.12, 0.22)
         u, v = sheet.frame(*sheet.place(1), (size, size * 0.4), sheet.turn())

@@ -131,9 +131,9 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 class FolderMasks(Dataset):
     """Images of ``root/split/image`` with what is meant in them; files belong together by their stem.
 
-    Without `classes` the masks are pictures in ``root/split/mask``, white (128 and brighter) where meant; with them, all
-    pixels of these classes in ``root/split/segmentation``, 8-bit pictures of class ids. Images in which nothing is meant
-    are left out.
+    Without `classes` the masks are pictures in ``root/split/mask``, white (128 and brighter) where meant; with them,
+    all pixels of these classes in ``root/split/segmentation``, 8-bit pictures of class ids. Images in which nothing is
+    meant are left out.
 
     Raises:
         ValueError: If a folder is missing, an image has no mask, or none is left.
