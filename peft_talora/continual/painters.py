@@ -120,8 +120,10 @@ def textures(sheet: Sheet) -> Painted:
     u, v = sheet.frame(*sheet.place(1), (scale * squeeze, scale * squeeze), turn + more)
     x, y = sheet.place(0.4)
     size = random.uniform(0.4, 0.65)
-    meant = patch(sheet, x, y, (size, size * random.uniform(0.4, 0.7)), sheet.turn(), 0.06) > 0
+    height = patch(sheet, x, y, (size, size * random.uniform(0.4, 0.7)), sheet.turn(), 0.06)
+    meant = height > 0
     light[meant] = (texture(u, v) + 0.25 * sheet.noise(0.2, 1))[meant]
+    light[meant & (height < 0.1)] -= 0.9  # where it is sewn in
     for sign in (-1, 1):
         stain = patch(sheet, x + random.gauss(0, 0.4), y + random.gauss(0, 0.4), (0.35, 0.25), sheet.turn(), 0.06)
         light += sign * 0.9 * (stain > 0)
