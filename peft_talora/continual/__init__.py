@@ -1,1 +1,1 @@
-"""Continual adaptation: a stream of domains, one adapter for each, and a router that knows them apart."""
+"""Continual adaptation of SAM to a stream of domains: adapters per domain, routing, other learners, scores."""
