@@ -1,0 +1,1 @@
+"""Continual adaptation of a frozen SAM to a stream of image domains."""
