@@ -35,7 +35,18 @@ ALLOWED = {
     "methods": {"engine", "files", "hub", "msam", "tuner"},
     "checkpoint": {"files", "hub"},
     "results": {"checkpoint", "version"},
-    "continual": {"checkpoint", "data", "engine", "files", "hub", "losses", "msam", "plotting", "prompts", "promptable"}
+    "continual": {
+        "checkpoint",
+        "data",
+        "engine",
+        "files",
+        "hub",
+        "losses",
+        "msam",
+        "plotting",
+        "prompts",
+        "promptable",
+    }
     | {"resize", "results", "sam_hq", "small_sam", "tasks", "tuner"},
     "report": {"data", "engine", "evaluation", "files", "hub", "plotting", "results", "tasks"},
 }

@@ -1,7 +1,7 @@
-"""SAM-HQ (arXiv 2306.01567): SAM and a branch that makes a finer mask, with a decoder that keeps SAM's own masks right.
+"""SAM-HQ (arXiv 2306.01567), SAM and a branch for a finer mask, with a decoder that keeps SAM's own masks right.
 
 transformers 5.23's decoder upscales the image embedding that goes into its transformer, height and width exchanged;
-SAM and the published SAM-HQ upscale the one that comes out. `HQMaskDecoder` has the same parameters and does as they do.
+SAM and the published SAM-HQ upscale the one that comes out. `HQMaskDecoder` has the same parameters and does so too.
 
 Axes: B images, P prompts of each, T tokens, M masks, D width of the decoder, C of the mask features, h w the grid.
 """
@@ -41,9 +41,9 @@ BRANCH = (
 class HQMaskDecoder(SamHQMaskDecoder):
     """SAM-HQ's mask decoder, called as transformers calls its own.
 
-    The HQ token goes through the transformer with SAM's tokens. Its mask is the product of what an MLP makes of it with
-    features fused of three sources, each brought to four times the grid: an early block of the encoder, the encoder's
-    output, and the upscaled embedding of SAM's own masks (paper, section 3.2).
+    The HQ token goes through the transformer with SAM's tokens. Its mask is the product of what an MLP makes of it and
+    of features fused from three sources, each brought to four times the grid: an early block of the encoder, the
+    encoder's output, and the upscaled embedding of SAM's own masks (paper, section 3.2).
     """
 
     def forward(
@@ -104,7 +104,7 @@ class HQMaskDecoder(SamHQMaskDecoder):
         return hq_BPMhw if hq_token_only else sam_BPMhw + hq_BPMhw, iou_BPM
 
     def _transform(self, image_BDhw: Tensor, positions_BDhw: Tensor, prompts_BPTD: Tensor | None, **others):
-        """All tokens after the transformer, (B, P, T, D), and the image after it, once per prompt, (B · P, D, h, w)."""
+        """What the transformer makes of all tokens, (B, P, T, D), and of the image, per prompt (B · P, D, h, w)."""
         number = 1 if prompts_BPTD is None else prompts_BPTD.shape[1]
         own_TD = torch.cat([self.iou_token.weight, self.mask_tokens.weight, self.hq_token.weight])
         tokens_BPTD = own_TD.expand(len(image_BDhw), number, -1, -1)
@@ -155,6 +155,8 @@ def correct_decoder(model: SamHQModel) -> SamHQModel:
         raise ValueError(f"`model.mask_decoder` is a {type(old).__name__}; allowed is transformers' SamHQMaskDecoder.")
     with torch.device("meta"):
         decoder = HQMaskDecoder(model.config.mask_decoder_config)
+    for name, parameter in old.named_parameters():  # loading would have all of them trained
+        decoder.get_parameter(name).requires_grad_(parameter.requires_grad)
     decoder.load_state_dict(old.state_dict(keep_vars=True), assign=True)
     model.mask_decoder = decoder.train(old.training)
     return model
