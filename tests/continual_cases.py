@@ -55,7 +55,7 @@ def predict(adapters: DomainAdapters, name: str | None, images: torch.Tensor) ->
 
 
 def step(adapters: DomainAdapters, name: str, steps: int = 2) -> None:
-    """Train a domain on noise, by an optimiser of *all* parameters, which decays the weights of those with gradients."""
+    """Train a domain on noise. The optimiser has *all* parameters: it decays those that have gradients."""
     adapters.train(name)
     optimizer = torch.optim.AdamW(adapters.base.parameters(), lr=0.01, weight_decay=0.1)
     images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(len(name)))

@@ -12,7 +12,6 @@ from torch import nn
 from peft_talora import MSamModel
 from peft_talora.continual.bottleneck import BottleneckConfig, BottleneckLayer, Linear
 from peft_talora.continual.hq import make_sam_hq
-from peft_talora.tuner.registration import add_peft_type, register
 
 LAST_OF_MLP = {f"vision_encoder.layers.{block}.mlp.lin2" for block in range(4)}
 
@@ -38,11 +37,6 @@ class TestRegistration:
         assert PeftType.BOTTLENECK in list(PeftType)
         assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.BOTTLENECK] is BottleneckConfig
         assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.BOTTLENECK] == "bottleneck_"
-
-    def test_twice_is_once(self):
-        assert add_peft_type("BOTTLENECK") is PeftType.BOTTLENECK
-        register("bottleneck", BottleneckConfig, nn.Module)
-        assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.BOTTLENECK] is BottleneckConfig
 
 
 class TestConfig:

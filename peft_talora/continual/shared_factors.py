@@ -91,8 +91,7 @@ class SharedFactorAdapters(DomainAdapters):
                 self._take_out(SHARED)
             raise
         self._tie(name)
-        if config.init_weights is not False:
-            self._start(name, first=new)
+        self._start(name)
 
     def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """See `DomainAdapters.own_parameters`."""
@@ -197,12 +196,34 @@ class SharedFactorAdapters(DomainAdapters):
         return digest.hexdigest()
 
     def _trained(self, name: str) -> dict[str, nn.Parameter]:
-        shared = self.shared_parameters()
-        untouched = not any(factor.any() for key, factor in shared.items() if key.endswith("talora_out"))
-        if not self.frozen and (self.trained_with is None or untouched):
-            self.trained_with = name
+        if not self.frozen and self.trained_with != name and (self.trained_with is None or self._untouched()):
+            self._open(name)
         self.frozen = self.frozen or self.trained_with != name
-        return self.own_parameters(name) | ({} if self.frozen else shared)
+        return self.own_parameters(name) | ({} if self.frozen else self.shared_parameters())
+
+    def _untouched(self) -> bool:
+        """Whether a part of the factors is zero in all layers, as it was drawn: no domain could learn anything by it."""
+        parts = [[getattr(layer, part)[SHARED] for layer in self._layers()] for part in _SHARED_PARTS[self.own]]
+        return any(not any(parameter.any() for parameter in part) for part in parts)
+
+    @torch.no_grad()
+    def _open(self, name: str) -> None:
+        """Let the factors train with this domain. It stays the plain model: the output factor is zero, or the core.
+
+        As added it has zeros of its own, and where both are zero neither gets a gradient.
+        """
+        if self.trained_with in self.resident():
+            self._start(self.trained_with)
+        self.trained_with = name
+        if self.peft_model.peft_config[name].init_weights is False:
+            return
+        for layer in self._layers():
+            core_ORK = layer.talora_core[name]
+            if self.own == "column" and not layer.talora_out[SHARED].any():
+                nn.init.orthogonal_(core_ORK[:, :, 0])
+            for row_K in layer.talora_task[name].values() if self.own == "row" else ():
+                nn.init.normal_(row_K, std=len(row_K) ** -0.5)
+                row_K[0] = 1
 
     def _drop(self, name: str) -> None:
         self._take_out(name)
@@ -266,15 +287,14 @@ class SharedFactorAdapters(DomainAdapters):
         self.activate(self.active)  # the parameters that were replaced are gone, and none of the others trains
 
     @torch.no_grad()
-    def _start(self, name: str, first: bool) -> None:
-        """The plain model. With the first domain it is so by the output factor or the core, which are zero."""
+    def _start(self, name: str) -> None:
+        """Make a domain the plain model by what it has of its own, whatever the factors are or become."""
+        if self.peft_model.peft_config[name].init_weights is False:
+            return
         for layer in self._layers():
             for row_K in layer.talora_task[name].values():
-                if self.own == "row" and not first:
-                    nn.init.zeros_(row_K)
-                elif self.own == "column":
-                    nn.init.ones_(row_K)
-            if self.own == "column" and not first:
+                nn.init.zeros_(row_K) if self.own == "row" else nn.init.ones_(row_K)
+            if self.own == "column":
                 nn.init.zeros_(layer.talora_core[name])
 
     def _layers(self) -> list[TALoRALayer]:
