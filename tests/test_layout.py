@@ -35,8 +35,6 @@ ALLOWED = {
     "methods": {"engine", "files", "hub", "msam", "tuner"},
     "checkpoint": {"files", "hub"},
     "results": {"checkpoint", "version"},
-    }
-    | {"resize", "results", "sam_hq", "small_sam", "tasks", "tuner"},
     "continual": {
         "data",
         "files",
