@@ -63,6 +63,10 @@ class DomainAdapters(ABC):
         """What belongs to a domain alone, by name in the base, the domain's name left out."""
 
     @abstractmethod
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """What all domains share beside the model itself, by name in the base."""
+
+    @abstractmethod
     def save(self, name: str, folder: str | Path) -> None:
         """Write what belongs to a domain alone."""
 
@@ -193,6 +197,10 @@ class StockAdapters(DomainAdapters):
         """See `DomainAdapters.own_parameters`."""
         self._check_resident(name)
         return adapter_parameters(self.base, name)
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Nothing."""
+        return {}
 
     def resident(self) -> list[str]:
         """See `DomainAdapters.resident`."""

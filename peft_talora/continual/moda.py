@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, SamHQModel
 from transformers.utils import ModelOutput
 
 from ..msam import MSamModel
-from .adapters import DomainAdapters, make_adapters
+from .adapters import DomainAdapters
 from .encoder import embed_patches, finish, run_blocks
+from .kinds import make_adapters
 from .queries import DomainQuery, make_query
 from .router import BASE, Router, Routing, check_domain_name
 from .selectors import make_selector

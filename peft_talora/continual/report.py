@@ -150,8 +150,8 @@ def write_report(folder: str | Path, results: Mapping[str, Any]) -> None:
     title = f"{results['method']}, {results['adapter']}"
     with write_aside(folder, owned=("confusion.png",)) as aside:
         write_json(aside / "results.json", results)
-        text = f"# {title} on the stream {results['stream']}\n\n{table(results)}\n\n{published_table(results['stream'])}\n"
-        (aside / "results.md").write_text(text)
+        parts = (f"# {title} on the stream {results['stream']}", table(results), published_table(results["stream"]))
+        (aside / "results.md").write_text("\n\n".join(parts) + "\n")
         draw_matrix(own["R"], names, f"IoU (%), {title}").save(aside / "matrix.png")
         curves = {name: [row[index] for row in own["R"]] for index, name in enumerate(names)}
         draw_course(curves, results["stages"], f"IoU (%) after each domain, {title}").save(aside / "course.png")
