@@ -103,12 +103,14 @@ class GlobalFeatureToken(DomainQuery):
         self.tokens = _draw_tokens(width, seed)
 
     def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The features (B, D) of images; gradients to the tokens, if they need any and the caller has them on."""
         with self.reading(encoder) as reading, torch.no_grad():
             run_blocks(encoder, embed_patches(encoder, pixel_values), 0, self.stop)
         return reading.features
 
     @contextmanager
     def reading(self, encoder: nn.Module):
+        """Read along; see `DomainQuery.reading`."""
         _check_width(self, encoder)
         tokens = _TokenReading(self.tokens, self.stop)
         with ExitStack() as hooks:
@@ -206,6 +208,7 @@ class GlobalPass(DomainQuery):
         self.tokens = _draw_tokens(width, seed)
 
     def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The features (B, D) of images."""
         _check_width(self, encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tokens.requires_grad):
             patches_BSD = embed_patches(encoder, pixel_values).flatten(1, 2)
@@ -216,6 +219,7 @@ class GlobalPass(DomainQuery):
             return x[:, 0].float()
 
     def reading(self, encoder: nn.Module) -> AbstractContextManager[Reading]:
+        """Refused: raises RuntimeError."""
         raise RuntimeError(f"the query {self.kind!r} needs a pass of its own; call it with the images.")
 
 
@@ -235,6 +239,7 @@ class MeanFeatures(DomainQuery):
         self.of_neck = kind == "mean_neck"
 
     def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The features (B, D) of images."""
         with self.reading(encoder) as reading, torch.no_grad():
             hidden = run_blocks(encoder, embed_patches(encoder, pixel_values), 0, self.stop)
             if self.of_neck:
@@ -243,6 +248,7 @@ class MeanFeatures(DomainQuery):
 
     @contextmanager
     def reading(self, encoder: nn.Module):
+        """Read along; see `DomainQuery.reading`."""
         mean = _MeanReading(self.kind, grid_axes=(2, 3) if self.of_neck else (1, 2))
         handle = (encoder.neck if self.of_neck else encoder.layers[self.stop - 1]).register_forward_hook(mean.take)
         try:
@@ -298,7 +304,7 @@ def make_query(kind: str, vision_config, seed: int = 0, stop: int | None = None)
         return MeanFeatures(kind, vision_config.output_channels, blocks)
     if block := re.fullmatch(r"mean_block\((\d+)\)", kind):
         if int(block[1]) >= limit:
-            raise ValueError(f"`kind` is {kind!r}; of {limit} blocks allowed: mean_block(0) to mean_block({limit - 1}).")
+            raise ValueError(f"`kind` is {kind!r}; allowed: mean_block(0) to mean_block({limit - 1}).")
         return MeanFeatures(kind, vision_config.hidden_size, int(block[1]) + 1)
     raise ValueError(f"`kind` is {kind!r}; allowed: 'gft_readonly', 'gft_global', 'mean_block(i)', 'mean_neck'.")
 
@@ -309,5 +315,6 @@ def _draw_tokens(width: int, seed: int) -> nn.Parameter:
 
 
 def _check_width(query: DomainQuery, encoder: nn.Module) -> None:
-    if encoder.config.hidden_size != query.width:
-        raise ValueError(f"the query is {query.width} wide and the encoder {encoder.config.hidden_size}; make it anew.")
+    width = encoder.config.hidden_size
+    if width != query.width:
+        raise ValueError(f"the query is {query.width} wide; this encoder needs one of {width}.")
