@@ -88,7 +88,7 @@ class SharedFactorAdapters(DomainAdapters):
             self._inject(name, self._domain_config(config))
         except Exception:
             if new:
-                self._take_out(SHARED)
+                self._remove_shared()
             raise
         self._tie(name)
         self._start(name)
@@ -183,7 +183,7 @@ class SharedFactorAdapters(DomainAdapters):
         try:
             fill(self.peft_model, SHARED, state, folder / WEIGHTS_NAME)
         except ValueError:
-            self._take_out(SHARED)
+            self._remove_shared()
             raise
         self.trained_with, self.frozen = content["trained_with"], content["frozen"]
 
@@ -276,12 +276,15 @@ class SharedFactorAdapters(DomainAdapters):
                     for k in range(1, core_ORK.shape[2]):
                         nn.init.orthogonal_(core_ORK[:, :, k])
 
+    def _remove_shared(self) -> None:
+        self._take_out(SHARED)
+        self._settle(None)
+
     def _tie(self, name: str) -> None:
         for layer in self._layers():
             for part in _SHARED_PARTS[self.own]:
                 parameters = getattr(layer, part)
                 parameters[name] = parameters[SHARED]
-        self.activate(self.active)  # the parameters that were replaced are gone, and none of the others trains
 
     @torch.no_grad()
     def _start(self, name: str) -> None:
