@@ -33,10 +33,6 @@ ALLOWED = {
     "benchmark": {"checkpoint", "engine", "files", "losses", "methods", "metrics", "plotting", "small_sam", "tasks"},
     "evaluation": {"data", "engine", "metrics", "tasks"},
     "methods": {"engine", "files", "hub", "msam", "tuner"},
-    "continual": {
-        *("checkpoint", "data", "engine", "files", "hub", "losses", "msam", "plotting", "prompts", "promptable"),
-        *("resize", "results", "small_sam", "tasks", "tuner"),
-    },
     "checkpoint": {"files", "hub"},
     "results": {"checkpoint", "version"},
     "continual": {

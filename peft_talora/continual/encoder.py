@@ -60,9 +60,8 @@ def finish(encoder: nn.Module, hidden: Tensor) -> Tensor:
 def first_adapted_block(model: nn.Module, adapter: str | None = None) -> int:
     """The lowest block of the encoder that an adapter changes: the blocks below it are the base model's.
 
-    Patch embedding and positions come before all blocks and count as block 0. The neck comes after all of them and
-    counts as the number of blocks, as does an encoder without any adapted module: what enters the neck is the base
-    model's then. An adapter may still be in the neck, so `finish` is to be called with that adapter on.
+    Patch embedding and positions come before all blocks and count as block 0; the neck, behind which nothing is kept,
+    counts as the last block. An encoder without any adapted module gives the number of blocks.
 
     Only modules that hold an adapter, or a copy of their own by `modules_to_save`, are seen: biases that PEFT trains
     in place (``bias="all"``) are the base model's own and belong to no adapter.
@@ -88,6 +87,6 @@ def _block_of(name: str, blocks: int) -> int:
         case ["layers", index, *_]:
             return int(index)
         case ["neck", *_]:
-            return blocks
+            return blocks - 1
         case _:
             return 0

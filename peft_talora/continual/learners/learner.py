@@ -40,9 +40,6 @@ class Learner(ABC):
         task_loss: (logits, batch) → scalar, a mean over images.
         batches: domain → its training images in batches, each image once, not augmented, always in one order.
         seed: Of what a learner draws; PyTorch's global generator is left as it was.
-
-    Raises:
-        ValueError: If nothing in `model` is trainable.
     """
 
     kind: str
@@ -59,8 +56,6 @@ class Learner(ABC):
         seed: int = 0,
     ):
         self.model, self.predict, self.task_loss, self.batches, self.seed = model, predict, task_loss, batches, seed
-        if not self.parameters():
-            raise ValueError("model: none of its parameters is trainable; needed is an adapter that is being trained.")
 
     @abstractmethod
     def begin(self, domain_index: int, domain: Any) -> None:
@@ -87,8 +82,15 @@ class Learner(ABC):
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def parameters(self) -> list[nn.Parameter]:
-        """What to optimise now, always in one order; after `begin` these may be others."""
-        return list(self.trainable().values())
+        """What to optimise now, always in one order; after `begin` these may be others.
+
+        Raises:
+            ValueError: If nothing in the model is trainable.
+        """
+        parameters = list(self.trainable().values())
+        if not parameters:
+            raise ValueError("model: none of its parameters is trainable; needed is an adapter that is being trained.")
+        return parameters
 
     def task(self, batch: Batch) -> Tensor:
         """Loss of the task itself."""
