@@ -105,7 +105,7 @@ def test_removing_a_domain_leaves_the_rest_as_it_was():
     assert set(model(**ask(mixed_batch()[1])).domains) <= {"dark", "striped"}
     for name in ("dark", "striped"):
         model.remove_domain(name)
-    plain = make_sam()(**ask(images)).pred_masks
+    plain = make_sam().requires_grad_(False)(**ask(images)).pred_masks  # the last bits depend on it
     assert torch.equal(model(**ask(images), route="base").pred_masks, plain)
     assert sorted(model.base.state_dict()) == sorted(make_sam().state_dict())
 
