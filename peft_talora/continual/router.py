@@ -68,7 +68,7 @@ class Router:
         self.selector.fit(features_ND, labels_N, len(domains))
         self.domains, self.threshold = domains, None
 
-    def calibrate(self, quantile: float, features_ND: Tensor, labels_N: Tensor, folds: int = 5, **options) -> Tensor:
+    def calibrate(self, quantile: float, features_ND: Tensor, labels_N: Tensor, folds: int = 5) -> Tensor:
         """Set the threshold so that about `quantile` of the images of known domains fall below it.
 
         It is a quantile of the scores that exemplars get from selectors which have not seen them.
@@ -78,7 +78,6 @@ class Router:
             features_ND: Of the exemplars, as for `fit`.
             labels_N: As for `fit`.
             folds: See `held_out_scores`.
-            **options: Of the selector, where they are not those of its class.
 
         Returns:
             The scores, (N,).
@@ -88,7 +87,7 @@ class Router:
         """
         if not 0 < quantile < 1:
             raise ValueError(f"`quantile` is {quantile}; allowed: above 0 and below 1.")
-        scores_N = held_out_scores(self.selector.kind, features_ND, labels_N, folds, **options)
+        scores_N = held_out_scores(self.selector, features_ND, labels_N, folds)
         self.threshold = scores_N.quantile(quantile).item()
         return scores_N
 

@@ -4,6 +4,7 @@ Axes: N exemplars, B images, K domains, D features. Inside, all is float64.
 """
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -290,18 +291,17 @@ def make_selector(kind: str, width: int, **options) -> DomainSelector:
     return SELECTORS[kind](width, **options)
 
 
-def held_out_scores(kind: str, features_ND: Tensor, labels_N: Tensor, folds: int = 5, **options) -> Tensor:
-    """The score of each exemplar under a selector that was fitted without it: float32 (N,).
+def held_out_scores(selector: DomainSelector, features_ND: Tensor, labels_N: Tensor, folds: int = 5) -> Tensor:
+    """The score of each exemplar under a selector that was fitted without it: float32 (N,), on the CPU.
 
     Exemplars of each domain go into the folds by turns. Scores of exemplars under a selector that has learned from
     them would be too high for a threshold.
 
     Args:
-        kind: As for `make_selector`.
+        selector: Of the kind and options that are meant; copies of it are fitted, itself stays as it is.
         features_ND: Of all exemplars.
         labels_N: Their domains, 0 to K − 1.
         folds: Parts that are left out in turn; if a domain has fewer exemplars, some parts leave out none of it.
-        **options: As for `make_selector`.
 
     Raises:
         ValueError: For fewer than 2 folds, or a domain that has fewer than 2 exemplars.
@@ -318,9 +318,9 @@ def held_out_scores(kind: str, features_ND: Tensor, labels_N: Tensor, folds: int
     scores_N = torch.zeros(len(labels_N))
     for fold in range(min(folds, max(counts))):
         out_N = place_N % folds == fold
-        selector = make_selector(kind, features_ND.shape[1], **options)
-        selector.fit(features_ND[~out_N], labels_N[~out_N], num_domains)
-        scores_N[out_N.cpu()] = selector.predict(features_ND[out_N])[1]
+        fitted = deepcopy(selector)
+        fitted.fit(features_ND[~out_N], labels_N[~out_N], num_domains)
+        scores_N[out_N.cpu()] = fitted.predict(features_ND[out_N])[1].cpu()
     return scores_N
 
 
