@@ -143,7 +143,8 @@ class _TokenReading:
             self.qkv_NHWD = None
             if index == 0:
                 hidden = inputs[0]
-                self.tokens_BTD = self.start_TD.to(hidden).expand(len(hidden), -1, -1)
+                with torch.set_grad_enabled(self.gradients):
+                    self.tokens_BTD = self.start_TD.to(hidden).expand(len(hidden), -1, -1)
                 self.blocks = 0
 
         def keep(qkv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -1,135 +1,138 @@
-"""Which domain's adapter an image is given."""
+"""Which adapter each image of a batch goes to, and which images go to the plain model.
 
-from __future__ import annotations
+Axes: N exemplars, B images, D features.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .selectors import DomainSelector, make_selector
+from .selectors import DomainSelector, held_out_scores
 
-AUTO, ORACLE, BASE = "auto", "oracle", "base"
-ROUTES = (AUTO, ORACLE, BASE)
-FOLDS = 5
+AUTO, ORACLE, BASE = ROUTES = ("auto", "oracle", "base")
+"""Ways to route that are no domain's name."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where images go.
+    """Where a batch goes.
 
     Attributes:
-        names: A domain's name for each, or ``"base"``, the plain model.
-        scores: (B,), larger is surer; None where the selector was not asked.
+        names: (B,) of domains, or ``"base"``, the plain model.
+        scores: (B,) of the selector; None where it was not asked.
     """
 
     names: list[str]
     scores: Tensor | None = None
 
 
-def check_domain_name(name: str, taken: Sequence[str]) -> None:
-    """Raise ValueError for a domain's name that is no identifier, a word of a route, or taken."""
-    if not isinstance(name, str) or not name.isidentifier() or name in ROUTES or name in taken:
-        raise ValueError(
-            f"Domain name {name!r} is not allowed: an identifier is, none of {', '.join((*ROUTES, *taken))}."
-        )
-
-
 class Router:
-    """A selector, the names of the domains that it was fitted to, and a way back to the plain model.
+    """Sends images to domains.
 
-    Args:
-        selector: Fitted by [`Router.fit`].
+    ================  ================================================================================================
+    ``"auto"``        to the domain that the selector chooses; to the plain model if its score is below the threshold,
+                      or if there is no domain yet
+    ``"oracle"``      to the domain that is said to be each image's own
+    a domain's name   all to this one
+    ``"base"``        all to the plain model
+    ================  ================================================================================================
 
     Attributes:
-        domains: Names, in the selector's order; empty before it is fitted.
-        quantile: As it was given to `fit`.
-        threshold: Score below which an image goes to the plain model; None: no image does.
+        domains: Names in the order of the selector's labels.
+        threshold: The lowest score of an image of a known domain; None: all images are taken to be of one.
+
+    Args:
+        selector: What chooses. It learns by `fit`, or has learned already.
+        domains: That it knows.
+        threshold: See above.
     """
 
-    def __init__(self, selector: DomainSelector):
-        self.selector = selector
-        self.forget()
+    def __init__(self, selector: DomainSelector, domains: Sequence[str] = (), threshold: float | None = None):
+        self.selector, self.threshold = selector, threshold
+        self.domains = _checked(domains)
 
-    def forget(self) -> None:
-        """Be as before `fit`."""
-        self.domains: list[str] = []
-        self.quantile: float | None = None
-        self.threshold: float | None = None
-
-    def fit(self, features: Mapping[str, Tensor], quantile: float | None = None) -> None:
-        """Fit the selector to exemplars, and the threshold to their scores under selectors that did not see them.
+    def fit(self, features_ND: Tensor, labels_N: Tensor, domains: Sequence[str]) -> None:
+        """Learn from exemplars which domain is which; a threshold is void then, so it is None afterwards.
 
         Args:
-            features: (N, F) by domain.
-            quantile: Share of exemplars that score below the threshold; None: there is no threshold.
+            features_ND: Of the exemplars of all domains.
+            labels_N: Positions in `domains`.
+            domains: Names, all different: identifiers, none of `ROUTES`.
 
         Raises:
-            ValueError: For a quantile outside [0, 1), or one with fewer than two exemplars of a domain.
+            ValueError: For names that are not allowed, or as the selector's `fit`.
         """
-        names = list(features)
-        labels_N = torch.cat([torch.full((len(features[name]),), k) for k, name in enumerate(names)])
-        features_NF = torch.cat([features[name] for name in names])
-        labels_N = labels_N.to(features_NF.device)
-        threshold = None
-        if quantile is not None:
-            if not 0 <= quantile < 1:
-                raise ValueError(f"`quantile` is {quantile}; allowed: 0 up to below 1.")
-            threshold = held_out_scores(self.selector, features_NF, labels_N, len(names)).quantile(quantile).item()
-        self.selector.fit(features_NF, labels_N, len(names))
-        self.domains, self.quantile, self.threshold = names, quantile, threshold
+        domains = _checked(domains)
+        self.selector.fit(features_ND, labels_N, len(domains))
+        self.domains, self.threshold = domains, None
 
-    def route(
-        self,
-        count: int,
-        route: str,
-        known: Sequence[str] = (),
-        domains: Sequence[str] | None = None,
-        features: Tensor | None = None,
-    ) -> Routing:
-        """Say where each of `count` images goes.
+    def calibrate(self, quantile: float, features_ND: Tensor, labels_N: Tensor, folds: int = 5) -> Tensor:
+        """Set the threshold so that about `quantile` of the images of known domains fall below it.
+
+        It is a quantile of the scores that exemplars get from selectors which have not seen them.
 
         Args:
-            count: B.
-            route: ``"auto"``, by `features`; ``"oracle"``, by `domains`; ``"base"``; or a name of `known`.
-            known: All domains.
-            domains: Of each image.
-            features: (B, F).
+            quantile: The share of images that are sent to the plain model though an adapter knows them, in (0, 1).
+            features_ND: Of the exemplars, as for `fit`.
+            labels_N: As for `fit`.
+            folds: See `held_out_scores`.
+
+        Returns:
+            The scores, (N,).
 
         Raises:
-            ValueError: For another route, an unknown domain, or if the selector is not fitted.
+            ValueError: For a quantile out of range, or as `held_out_scores`.
         """
-        if route == AUTO:
-            index_B, scores_B = self.selector.predict(features)
-            names = [self.domains[index] for index in index_B.tolist()]
-            if self.threshold is not None:
-                names = [BASE if low else name for name, low in zip(names, scores_B < self.threshold, strict=True)]
-            return Routing(names, scores_B)
-        names = list(domains or ()) if route == ORACLE else [route] * count
-        if len(names) != count:
-            raise ValueError(f"`domains` has {len(names)} names; route 'oracle' needs one for each of {count} images.")
-        unknown = sorted(set(names) - {*known, BASE})
-        if unknown:
-            raise ValueError(f"`route` is {route!r}, to {unknown}; known are {', '.join((*ROUTES, *known))}.")
+        if not 0 < quantile < 1:
+            raise ValueError(f"`quantile` is {quantile}; allowed: above 0 and below 1.")
+        scores_N = held_out_scores(self.selector, features_ND, labels_N, folds)
+        self.threshold = scores_N.quantile(quantile).item()
+        return scores_N
+
+    def route(self, features_BD: Tensor, how: str = AUTO, domains: Sequence[str] | None = None) -> Routing:
+        """Say where each image goes.
+
+        Args:
+            features_BD: Of the images; read by ``"auto"`` only, else just counted.
+            how: See the class.
+            domains: For ``"oracle"``: each image's own, or ``"base"`` for one of no known domain.
+
+        Raises:
+            ValueError: For another `how`, unknown domains, or `domains` without ``"oracle"`` and the reverse.
+        """
+        if (domains is not None) != (how == ORACLE):
+            raise ValueError(f"`how` is {how!r} and `domains` {domains!r}; 'oracle' needs them, and no other route.")
+        if how == AUTO:
+            return self._choose(features_BD)
+        names = list(domains) if how == ORACLE else [how] * len(features_BD)
+        if len(names) != len(features_BD):
+            raise ValueError(f"`domains` has {len(names)} names; {len(features_BD)} images need one each.")
+        if unknown := sorted({*names} - {*self.domains, BASE}):
+            argument, also = ("domains", "") if how == ORACLE else ("how", f"{AUTO!r}, {ORACLE!r}, ")
+            raise ValueError(f"`{argument}` has {unknown}; allowed: {also}{BASE!r} and {self.domains}.")
         return Routing(names)
 
+    def _choose(self, features_BD: Tensor) -> Routing:
+        if not self.domains:
+            return Routing([BASE] * len(features_BD))
+        index_B, scores_B = self.selector.predict(features_BD)
+        threshold = -torch.inf if self.threshold is None else self.threshold
+        known_B = (scores_B >= threshold).tolist()
+        names = [self.domains[i] if known else BASE for i, known in zip(index_B.tolist(), known_B, strict=True)]
+        return Routing(names, scores_B)
 
-def held_out_scores(selector: DomainSelector, features_NF: Tensor, labels_N: Tensor, num_domains: int) -> Tensor:
-    """Scores (N,) of exemplars, each under a selector fitted without it and a part of the others.
 
-    Raises:
-        ValueError: If a domain has fewer than two exemplars.
-    """
-    counts = torch.bincount(labels_N, minlength=num_domains)
-    if counts.min() < 2:
-        raise ValueError(f"a threshold needs two exemplars of each domain; there are {counts.tolist()}.")
-    position_N = torch.cat([torch.arange(int(count)) for count in counts]).to(labels_N.device)
-    scores_N = torch.empty(len(features_NF))
-    folds = min(FOLDS, int(counts.min()))
-    for fold in range(folds):
-        out_N = position_N % folds == fold
-        other = make_selector(selector.kind, selector.width, selector.seed)
-        other.fit(features_NF[~out_N], labels_N[~out_N], num_domains)
-        scores_N[out_N] = other.predict(features_NF[out_N])[1].cpu()
-    return scores_N
+def check_domain_name(name: str) -> None:
+    """Raise ValueError unless `name` is an identifier and none of `ROUTES`."""
+    if not name.isidentifier() or name in ROUTES:
+        raise ValueError(f"domain {name!r}: allowed is an identifier that is none of {', '.join(ROUTES)}.")
+
+
+def _checked(domains: Sequence[str]) -> list[str]:
+    for name in domains:
+        check_domain_name(name)
+    if len({*domains}) < len(domains):
+        raise ValueError(f"`domains` are {list(domains)}; allowed: each name once.")
+    return list(domains)
