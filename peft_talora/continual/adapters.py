@@ -1,7 +1,7 @@
 """The adapters of all domains in one frozen model: one is added, trained, plugged in or taken out at a time.
 
-PEFT switches `requires_grad` whenever it switches adapters. Here it is switched by two methods alone: `train`, after
-which exactly one domain's parameters have gradients, and `freeze`, which all others end with.
+PEFT switches `requires_grad` whenever it switches adapters. Here exactly one domain's parameters have gradients after
+`train`, and none at all after any other call.
 """
 
 from __future__ import annotations
@@ -89,10 +89,6 @@ class DomainAdapters(ABC):
     def _trained(self, name: str) -> dict[str, nn.Parameter]:
         """What `train` trains; called while `name` is active and as trainable as PEFT makes it."""
 
-    @abstractmethod
-    def _drop(self, name: str) -> None:
-        """Take a domain that is not active out of the model."""
-
     def train(self, name: str) -> dict[str, nn.Parameter]:
         """Plug a domain in for training: gradients go to what it returns and nothing else.
 
@@ -129,7 +125,7 @@ class DomainAdapters(ABC):
         """
         self._check_resident(name)
         active = None if self.active == name else self.active
-        self._drop(name)
+        self._take_out(name)
         self._settle(active)
 
     def _switch(self, name: str | None, inference_mode: bool) -> None:
@@ -246,9 +242,6 @@ class StockAdapters(DomainAdapters):
     def _trained(self, name: str) -> dict[str, nn.Parameter]:
         # Of some methods PEFT keeps a part frozen.
         return {key: value for key, value in self.own_parameters(name).items() if value.requires_grad}
-
-    def _drop(self, name: str) -> None:
-        self._take_out(name)
 
 
 def check_domain_name(name: str, base: nn.Module, config: PeftConfig) -> None:

@@ -224,9 +224,6 @@ class SharedFactorAdapters(DomainAdapters):
             for row_K in layer.talora_task[name].values():
                 nn.init.constant_(row_K, len(row_K) ** -0.5)
 
-    def _drop(self, name: str) -> None:
-        self._take_out(name)
-
     def _adapters(self) -> list[str]:
         return [] if self.peft_model is None else list(self.peft_model.peft_config)
 
