@@ -17,7 +17,7 @@ def make_images(name: str, count: int, seed: int = 0) -> torch.Tensor:
     images = 0.3 * torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     if name == "striped":
         images[..., ::8, :] += 4
-    return images + {"dark": -2.0, "bright": 2.0, "striped": 0.0}[name]
+    return images + {"dark": -2.0, "bright": 2.0}.get(name, 0.0)
 
 
 def ask(images: torch.Tensor) -> dict:

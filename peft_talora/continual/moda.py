@@ -28,10 +28,8 @@ from .adapters import DomainAdapters
 from .encoder import embed_patches, finish, first_adapted_block, run_blocks
 from .kinds import make_adapters
 from .queries import DomainQuery, make_query
-from .router import BASE, Router, Routing, check_domain_name
+from .router import AUTO, BASE, Router, Routing, check_domain_name
 from .selectors import make_selector
-
-AUTO = "auto"
 
 
 @dataclass
@@ -100,6 +98,7 @@ class MoDAModel(nn.Module):
     Attributes:
         domains: Names, in the order in which they were added.
         features: (N, D) of the exemplars of each domain.
+        quantile: As it was given to `fit_selector`.
         damaged: What is wrong with domains that could not be read, by name; their images go to the plain model.
 
     Raises:
@@ -122,6 +121,7 @@ class MoDAModel(nn.Module):
         self.query = query or make_query("gft_readonly", base.config.vision_config)
         self.router = Router(make_selector(selector, self.query.width))
         self.exemplars, self.resident = exemplars, resident
+        self.quantile: float | None = None
         self.features: dict[str, Tensor] = {}
         self.damaged: dict[str, str] = {}
         self.adapters: DomainAdapters | None = None
@@ -149,7 +149,11 @@ class MoDAModel(nn.Module):
         Raises:
             ValueError: For a name that is taken or not allowed, or a kind of adapter that the others do not have.
         """
-        check_domain_name(name, self.domains)
+        check_domain_name(name)
+        if name in self.domains:
+            raise ValueError(
+                f"domain {name!r} is there already; allowed: a name other than {', '.join(self.domains)}."
+            )
         if self.adapters is None:
             self.adapters = make_adapters(self.base, config)
         self.adapters.add(name, config)
@@ -184,7 +188,9 @@ class MoDAModel(nn.Module):
         for known in (self._first_blocks, self._folders, self.features, self.damaged):
             known.pop(name, None)
         if self.router.domains:
-            self.fit_selector(self.router.quantile) if self.domains else self.router.forget()
+            self.router = Router(self.router.selector)
+            if self.domains:
+                self.fit_selector(self.quantile)
 
     def add_exemplars(self, name: str, pixel_values: Tensor) -> None:
         """Keep the features of a domain's images (N, 3, H, W), up to `exemplars` of them, in the order given.
@@ -205,14 +211,23 @@ class MoDAModel(nn.Module):
                 goes to the plain model. None: no image does.
 
         Raises:
-            ValueError: If a domain has no exemplars.
+            ValueError: If a domain has no exemplars, or for a quantile outside (0, 1).
         """
         missing = [name for name in self.domains if name not in self.features]
         if missing or not self.domains:
             raise ValueError(
                 f"domains without exemplars: {', '.join(missing) or 'there are none'}; add_exemplars first."
             )
-        self.router.fit(self.features, quantile)
+        self.fit_router(self.domains, quantile)
+
+    def fit_router(self, names: Sequence[str], quantile: float | None = None) -> None:
+        """As `fit_selector`, to some of the domains: the others are not chosen."""
+        labels_N = torch.cat([torch.full((len(self.features[name]),), k) for k, name in enumerate(names)])
+        features_ND = torch.cat([self.features[name] for name in names])
+        self.router.fit(features_ND, labels_N, names)
+        self.quantile = quantile
+        if quantile is not None:
+            self.router.calibrate(quantile, features_ND, labels_N)
 
     # --- routing ---
 
@@ -225,7 +240,8 @@ class MoDAModel(nn.Module):
 
     def predict_domain(self, pixel_values: Tensor) -> Routing:
         """The domain of each image, by name, and how sure that is."""
-        return self.router.route(len(pixel_values), AUTO, features=self.describe(pixel_values))
+        self._check_fitted()
+        return self.router.route(self.describe(pixel_values))
 
     def forward(
         self,
@@ -248,10 +264,13 @@ class MoDAModel(nn.Module):
             ValueError: For an unknown route or domain, or if the selector is not fitted.
         """
         with self._switching():
-            look = self._look(pixel_values) if route == AUTO else None
-            routing = self.router.route(
-                len(pixel_values), route, self.domains, domains, None if look is None else look.features
-            )
+            if route == AUTO:
+                self._check_fitted()
+                look = self._look(pixel_values)
+                routing = self.router.route(look.features)
+            else:
+                look = None
+                routing = Router(self.router.selector, self.domains).route(pixel_values, route, domains)
             names = [BASE if route == AUTO and name in self.damaged else name for name in routing.names]
             parts, order, passes = [], [], torch.full((len(names),), look.passes if look else 0.0)
             for name in dict.fromkeys(names):
@@ -338,6 +357,10 @@ class MoDAModel(nn.Module):
         spare = [n for n in self._folders if n in self.adapters.resident() and n not in (name, self.learning)]
         while len(self.adapters.resident()) > self.resident and spare:
             self.adapters.unload(spare.pop(0))
+
+    def _check_fitted(self) -> None:
+        if self.domains and not self.router.domains:
+            raise ValueError("the selector is not fitted; `add_exemplars` of each domain, then `fit_selector`.")
 
     def _check_known(self, name: str) -> None:
         if name not in self._first_blocks:

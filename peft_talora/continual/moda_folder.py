@@ -151,7 +151,7 @@ def _describe(model: MoDAModel, places: Mapping[str, Path], weights: Path) -> di
         "selector": model.router.selector.kind,
         "fitted": model.router.domains,
         "threshold": model.router.threshold,
-        "quantile": model.router.quantile,
+        "quantile": model.quantile,
         "exemplars": model.exemplars,
         "shared": None,
         "domains": [
@@ -178,7 +178,7 @@ def _fill(model: MoDAModel, tensors: Mapping[str, Tensor], config: Mapping[str, 
         raise ValueError(f"{file} does not fit {CONFIG_NAME} beside it: {error}") from error
     model.features = parts["features"]
     model.router.domains, model.router.threshold = config["fitted"], config["threshold"]
-    model.router.quantile = config["quantile"]
+    model.quantile = config["quantile"]
 
 
 def _read_config(file: Path) -> dict[str, Any]:

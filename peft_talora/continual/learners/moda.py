@@ -56,7 +56,11 @@ class MoDA(Learner):
 
     def _state(self) -> dict[str, Any]:
         model = self.model
-        state: dict[str, Any] = {"domains": model.domains, "learning": model.learning}
+        state: dict[str, Any] = {
+            "domains": model.domains,
+            "learning": model.learning,
+            "fitted": model.router.domains,
+        }
         for name in model.domains:
             own = model.adapters.own_parameters(name)
             state |= {f"adapter.{name}.{key}": value.detach().clone() for key, value in own.items()}
@@ -80,6 +84,6 @@ class MoDA(Learner):
         model.features = {
             key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")
         }
-        if model.features:
-            learnt = [name for name in model.domains if name in model.features]
-            model.router.fit({name: model.features[name] for name in learnt}, self.quantile)
+        if state["fitted"]:
+            # As it was: the domain that is being learnt has no exemplars yet.
+            model.fit_router(state["fitted"], self.quantile)
