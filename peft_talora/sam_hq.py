@@ -52,9 +52,9 @@ def load_sam_hq(*args, **kwargs):
 
 def _sam_config(config: SamHQConfig) -> SamConfig:
     sam = SamConfig(
-        vision_config=_shared(config.vision_config, SamVisionConfig),
-        prompt_encoder_config=_shared(config.prompt_encoder_config, SamPromptEncoderConfig),
-        mask_decoder_config=_shared(config.mask_decoder_config, SamMaskDecoderConfig),
+        vision_config=same_values(config.vision_config, SamVisionConfig),
+        prompt_encoder_config=same_values(config.prompt_encoder_config, SamPromptEncoderConfig),
+        mask_decoder_config=same_values(config.mask_decoder_config, SamMaskDecoderConfig),
         initializer_range=config.initializer_range,
         dtype=config.dtype,
     )
@@ -63,6 +63,7 @@ def _sam_config(config: SamHQConfig) -> SamConfig:
     return sam
 
 
-def _shared(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A config of that kind with the values of all its fields."""
-    return kind(**{field.name: getattr(config, field.name) for field in fields(kind) if field.init})
+def same_values(config: PreTrainedConfig, kind: type[PreTrainedConfig], **others) -> PreTrainedConfig:
+    """A config of that kind with the values of all its fields; `others` are those that `config` does not have."""
+    names = [field.name for field in fields(kind) if field.init and field.name not in others]
+    return kind(**{name: getattr(config, name) for name in names}, **others)

@@ -102,7 +102,7 @@ def test_a_model_in_which_nothing_is_trained_is_refused():
     learner = make_learner("sequential")
     learner.model.requires_grad_(False)
     with pytest.raises(ValueError, match="model: none of its parameters is trainable"):
-        LEARNERS["sequential"](learner.model, learner.predict, learner.task_loss, iter)
+        learner.parameters()
 
 
 # -- learning without forgetting
@@ -233,12 +233,15 @@ def test_er_s_loss_is_the_mean_over_all_images():
     learner = make_learner("er", config=NO_DROPOUT, size=3)
     learner.end(0, Noise(0))
     large = next(iter(Noise(1)))
-    batch = {name: torch.cat([value, value.flip(0)]) for name, value in large.items() if name != "names"}
+    batch = large | {
+        name: torch.cat([large[name], large[name].flip(0)]) for name in ("pixel_values", "boxes", "masks")
+    }
     random = torch.Generator()
     random.set_state(learner.generator.get_state())
     loss = learner.loss(batch)
     replayed = [learner.buffer[index] for index in torch.randperm(3, generator=random).tolist()]
-    again = {name: torch.cat([image[name] for image in replayed]) for name in replayed[0]}
+    again = {name: torch.cat([image[name] for image in replayed]) for name in ("pixel_values", "boxes", "masks")}
+    again |= {"prompt": "box", "step": 0}
     torch.testing.assert_close(loss, (4 * learner.task(batch) + 3 * learner.task(again)) / 7)
 
 
@@ -248,7 +251,7 @@ def test_er_keeps_whole_images_without_their_names():
     assert learner.seen == len(learner.buffer) == 6
     expected = [image for batch in Noise(0) for image in single_images(batch)]
     for kept, image in zip(learner.buffer, expected, strict=True):
-        assert kept.keys() == {"pixel_values", "boxes", "masks"}
+        assert kept.keys() == {"pixel_values", "boxes", "masks", "prompt", "step"}
         assert_equal(kept, image)
 
 
@@ -276,3 +279,19 @@ def test_er_refuses_wrong_sizes():
     large.end(0, Noise(0))
     with pytest.raises(ValueError, match="state: has 5 images; the buffer's size is 4"):
         small.load_state_dict(large.state_dict())
+
+
+def test_er_refuses_images_that_cannot_be_mixed():
+    learner = make_learner("er")
+    learner.end(0, Noise(0))
+    with pytest.raises(ValueError, match=r"gave {'prompt': 'none', 'step': 0} with an image, before"):
+        learner.end(1, [batch | {"prompt": "none"} for batch in Noise(1)])
+
+
+def test_parts_of_a_batch_are_the_images_or_hold_for_all_of_them():
+    batch = next(iter(Noise(0)))
+    for row, image in enumerate(single_images(batch | {"scale": 0.5, "flag": True, "nothing": None, "sizes": [1, 2]})):
+        assert image.keys() == batch.keys() - {"names"} | {"scale", "flag", "nothing"}
+        assert torch.equal(image["pixel_values"], batch["pixel_values"][row : row + 1])
+        assert image["pixel_values"].data_ptr() != batch["pixel_values"][row : row + 1].data_ptr()
+        assert (image["prompt"], image["scale"], image["flag"], image["nothing"]) == ("box", 0.5, True, None)

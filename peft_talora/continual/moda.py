@@ -1,0 +1,407 @@
+"""MoDA: an adapter per domain of a frozen SAM, and a router that says which of them an image needs.
+
+Source: "Continual Learning for Segment Anything Model Adaptation", arXiv:2412.06418. A *domain* is where images come
+from. Every domain's adapter starts from the same frozen model and is trained alone, so that no domain is forgotten for
+another one; what is left is to tell domains apart, by features that the frozen encoder has of the image.
+
+Axes: B images, P prompts of each, M masks of each prompt, N exemplars, D features, C channels, h w the encoder's grid.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, SamHQModel
+from transformers.utils import ModelOutput
+
+from ..msam import MSamModel
+from .adapters import DomainAdapters
+from .encoder import embed_patches, finish, run_blocks
+from .kinds import make_adapters
+from .queries import DomainQuery, make_query
+from .router import BASE, Router, Routing, check_domain_name
+from .selectors import make_selector
+
+AUTO = "auto"
+
+
+@dataclass
+class MoDAOutput(ModelOutput):
+    """What `MoDAModel.forward` returns.
+
+    Attributes:
+        pred_masks: (B, P, M, 4h, 4w) logits, of a prompted model.
+        iou_scores: (B, P, M), of a prompted model.
+        logits: per task (B, C, 4h, 4w), of an mSAM.
+        domains: the domain of each image whose adapter was used, ``"base"`` where it was none.
+        scores: (B,) how sure the router was, larger is surer; None where it was not asked.
+        encoder_passes: (B,) passes through the encoder that each image took; a part counts by its blocks.
+    """
+
+    pred_masks: Tensor | None = None
+    iou_scores: Tensor | None = None
+    logits: dict[str, Tensor] | None = None
+    domains: list[str] | None = None
+    scores: Tensor | None = None
+    encoder_passes: Tensor | None = None
+
+
+@dataclass
+class Look:
+    """What the frozen encoder has seen of a batch.
+
+    Attributes:
+        features: (B, D), for the router.
+        hidden: (B, h, w, width) before block `block`, from where an adapted pass can go on; None: from the images.
+        block: The first block that a domain adapts.
+        embeddings: What a mask decoder takes of the plain encoder, by name; None where it did not run to its end.
+        passes: Through the encoder so far.
+    """
+
+    features: Tensor
+    hidden: Tensor | None
+    block: int
+    embeddings: dict[str, Any] | None
+    passes: float
+
+
+class MoDAModel(nn.Module):
+    """A frozen model, an adapter per domain, and what chooses among them for each image.
+
+    ```python
+    model = MoDAModel(SamModel.from_pretrained("facebook/sam-vit-base"))
+    model.add_domain("rails", LoraConfig(target_modules=["qkv"]))
+    model(pixel_values, route="rails", input_boxes=boxes)  # to train: the parameters of "rails" alone get gradients
+    model.add_exemplars("rails", pixel_values)
+    model.fit_selector()
+    model(pixel_values, input_boxes=boxes)  # each image by the adapter of its domain
+    ```
+
+    One encoder pass serves query and masks where all adapters sit in the decoder, or above the blocks that the query
+    reads; else each image takes one for the query and one with its adapter, which is left out where it needs none.
+
+    Args:
+        base: `SamModel`, `SamHQModel` or `MSamModel`; its weights are frozen.
+        query: What describes an image by the frozen encoder. None: a `gft_readonly`.
+        selector: Kind of the selector; see `make_selector`.
+        exemplars: Images per domain whose features are kept.
+        resident: Adapters that are in memory at most; the others are read from the model's folder when they are
+            needed. None: all of them.
+
+    Attributes:
+        domains: Names, in the order in which they were added.
+        features: (N, D) of the exemplars of each domain.
+        damaged: What is wrong with domains that could not be read, by name; their images go to the plain model.
+
+    Raises:
+        ValueError: For a number below 1, or an unknown selector.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        query: DomainQuery | None = None,
+        selector: str = "ridge",
+        exemplars: int = 10,
+        resident: int | None = None,
+    ):
+        super().__init__()
+        for name, value in (("exemplars", exemplars), ("resident", 1 if resident is None else resident)):
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; allowed: 1 or more.")
+        self.base = base.requires_grad_(False).eval()
+        self.query = query or make_query("gft_readonly", base.config.vision_config)
+        self.router = Router(make_selector(selector, self.query.width))
+        self.exemplars, self.resident = exemplars, resident
+        self.features: dict[str, Tensor] = {}
+        self.damaged: dict[str, str] = {}
+        self.adapters: DomainAdapters | None = None
+        self.learning: str | None = None
+        self._first_blocks: dict[str, int] = {}
+        self._folders: OrderedDict[str, Path] = OrderedDict()  # of domains on disk, the one used last at the end
+
+    @property
+    def domains(self) -> list[str]:
+        """The names of the domains, in the order in which they were added."""
+        return list(self._first_blocks)
+
+    # --- domains ---
+
+    def add_domain(self, name: str, config: PeftConfig) -> dict[str, nn.Parameter]:
+        """Add a domain and begin to learn it: its parameters, and no others, require gradients.
+
+        Args:
+            name: An identifier that is no word of a route.
+            config: Of its adapter, whatever PEFT has. A `TALoRAConfig` shares the factors of the first domain.
+
+        Returns:
+            Its parameters by name, for an optimiser.
+
+        Raises:
+            ValueError: For a name that is taken or not allowed, or a kind of adapter that the others do not have.
+        """
+        check_domain_name(name, self.domains)
+        if self.adapters is None:
+            self.adapters = make_adapters(self.base, config)
+        self.adapters.add(name, config)
+        parameters = self.adapters.own_parameters(name)
+        self._first_blocks[name] = first_adapted_block(parameters, len(self.base.vision_encoder.layers))
+        return self.learn(name)
+
+    def learn(self, name: str) -> dict[str, nn.Parameter]:
+        """Go on learning a domain; returns its parameters. Raises ValueError for an unknown one."""
+        self._check_known(name)
+        self._fetch(name)
+        self._folders.pop(name, None)  # what is on disk will not be what it is
+        self.learning = name
+        return self.adapters.train(name)
+
+    def end_learning(self) -> None:
+        """Freeze all domains."""
+        self.learning = None
+        if self.adapters is not None:
+            self.adapters.freeze()
+
+    def remove_domain(self, name: str) -> None:
+        """Forget a domain; the others stay as they are, and the selector is fitted to them, if it was fitted.
+
+        Raises:
+            ValueError: For an unknown domain.
+        """
+        self._check_known(name)
+        if self.learning == name:
+            self.end_learning()
+        if name in self.adapters.resident():
+            self.adapters.unload(name)
+        for known in (self._first_blocks, self._folders, self.features, self.damaged):
+            known.pop(name, None)
+        if self.router.domains:
+            self.fit_selector(self.router.quantile) if self.domains else self.router.forget()
+
+    def add_exemplars(self, name: str, pixel_values: Tensor) -> None:
+        """Keep the features of a domain's images (N, 3, H, W), up to `exemplars` of them, in the order given.
+
+        Raises:
+            ValueError: For an unknown domain.
+        """
+        self._check_known(name)
+        features = [self.describe(image[None]) for image in pixel_values[: self.exemplars]]
+        kept = [self.features[name]] if name in self.features else []
+        self.features[name] = torch.cat([*kept, *features])[: self.exemplars]
+
+    def fit_selector(self, quantile: float | None = None) -> None:
+        """Fit the selector to the exemplars of all domains.
+
+        Args:
+            quantile: Share of the exemplars, left out of the fit, that score below the threshold under which an image
+                goes to the plain model. None: no image does.
+
+        Raises:
+            ValueError: If a domain has no exemplars.
+        """
+        missing = [name for name in self.domains if name not in self.features]
+        if missing or not self.domains:
+            raise ValueError(
+                f"domains without exemplars: {', '.join(missing) or 'there are none'}; add_exemplars first."
+            )
+        self.router.fit(self.features, quantile)
+
+    # --- routing ---
+
+    @torch.no_grad()
+    def describe(self, pixel_values: Tensor) -> Tensor:
+        """Features (B, D) of images (B, 3, H, W) by the frozen encoder, whatever adapter is active."""
+        with self._switching():
+            self._plug_in(BASE)
+            return self.query(self.base.vision_encoder, pixel_values)
+
+    def predict_domain(self, pixel_values: Tensor) -> Routing:
+        """The domain of each image, by name, and how sure that is."""
+        return self.router.route(len(pixel_values), AUTO, features=self.describe(pixel_values))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        route: str = AUTO,
+        domains: Sequence[str] | None = None,
+        **inputs: Any,
+    ) -> MoDAOutput:
+        """Segment every image by the adapter of its domain.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            route: ``"auto"``, by the router; ``"oracle"``, by `domains`; a domain's name, for all images; ``"base"``,
+                the plain model.
+            domains: With ``"oracle"``, the domain of each image.
+            inputs: What else the base model takes, such as `input_boxes` (B, P, 4) or `multimask_output`; tensors
+                belong to the images.
+
+        Raises:
+            ValueError: For an unknown route or domain, or if the selector is not fitted.
+        """
+        with self._switching():
+            look = self._look(pixel_values) if route == AUTO else None
+            routing = self.router.route(
+                len(pixel_values), route, self.domains, domains, None if look is None else look.features
+            )
+            names = [BASE if route == AUTO and name in self.damaged else name for name in routing.names]
+            parts, order, passes = [], [], torch.full((len(names),), look.passes if look else 0.0)
+            for name in dict.fromkeys(names):
+                rows = [row for row, other in enumerate(names) if other == name]
+                self._plug_in(name)
+                output, further = self._predict(name, pixel_values, look, rows, inputs)
+                parts.append(output)
+                order += rows
+                passes[rows] += further
+        back = None if len(parts) == 1 else torch.tensor(order).argsort()
+        return MoDAOutput(**_joined(parts, back), domains=names, scores=routing.scores, encoder_passes=passes)
+
+    @torch.no_grad()
+    def _look(self, pixel_values: Tensor) -> Look:
+        """The plain encoder's part of a forward, as far as it can serve all domains."""
+        encoder = self.base.vision_encoder
+        depth, block = len(encoder.layers), min(self._first_blocks.values(), default=len(encoder.layers))
+        self._plug_in(BASE)
+        if self.query.extra_passes or isinstance(self.base, MSamModel):
+            return Look(self.query(encoder, pixel_values), None, block, None, 1.0)
+        with self.query.reading(encoder) as reading:
+            # SAM-HQ's decoder takes what the blocks have on the way: it cannot go on from the middle.
+            if self.query.stop <= block < depth and not isinstance(self.base, SamHQModel):
+                hidden = run_blocks(encoder, embed_patches(encoder, pixel_values), 0, block)
+                embeddings, passes = None, block / depth
+            else:
+                hidden, passes = None, 1.0
+                embeddings = _embeddings(encoder(pixel_values))
+        return Look(reading.features, hidden, block, embeddings, passes)
+
+    def _predict(
+        self, name: str, pixel_values: Tensor, look: Look | None, rows: Sequence[int], inputs: Mapping[str, Any]
+    ) -> tuple[ModelOutput, float]:
+        """Output of the images `rows` with the adapter that is active, and the encoder passes that it took."""
+        batch = len(pixel_values)
+        inputs = {key: _rows(value, rows, batch) for key, value in inputs.items()}
+        if isinstance(self.base, MSamModel):
+            return self.base(_rows(pixel_values, rows, batch), **inputs), 1.0
+        encoder = self.base.vision_encoder
+        depth = len(encoder.layers)
+        plain = name == BASE or self._first_blocks[name] == depth
+        if look is not None and look.embeddings is not None and plain:
+            embeddings, further = {key: _rows(value, rows, batch) for key, value in look.embeddings.items()}, 0.0
+        elif look is not None and look.hidden is not None:
+            hidden = run_blocks(encoder, _rows(look.hidden, rows, batch), look.block, depth)
+            embeddings, further = {"image_embeddings": finish(encoder, hidden)}, 1 - look.block / depth
+        else:
+            embeddings, further = _embeddings(encoder(_rows(pixel_values, rows, batch))), 1.0
+        return self.base(**embeddings, **inputs), further
+
+    # --- adapters in memory and on disk ---
+
+    @contextmanager
+    def _switching(self):
+        """Inside, adapters are switched as needed; what was being learnt goes on afterwards."""
+        try:
+            yield
+        finally:
+            if self.learning is not None and self.adapters.active != self.learning:
+                self.adapters.train(self.learning)
+
+    def _plug_in(self, name: str) -> None:
+        """Have a domain's adapter active, or with ``"base"`` none."""
+        if self.adapters is None or self.adapters.active == (None if name == BASE else name):
+            return
+        if name != BASE:
+            self._fetch(name)
+        self.adapters.activate(None if name == BASE else name)
+
+    def _fetch(self, name: str) -> None:
+        """Have a domain's adapter in memory; those used longest ago go, where there are too many and disk has them.
+
+        Raises:
+            OSError: If it is damaged; the message names the file.
+        """
+        if name in self.damaged:
+            raise OSError(self.damaged[name])
+        if name not in self.adapters.resident():
+            self.adapters.load(name, self._folders[name])
+        if name in self._folders:
+            self._folders.move_to_end(name)
+        if self.resident is None:
+            return
+        spare = [n for n in self._folders if n in self.adapters.resident() and n not in (name, self.learning)]
+        while len(self.adapters.resident()) > self.resident and spare:
+            self.adapters.unload(spare.pop(0))
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._first_blocks:
+            raise ValueError(f"unknown domain {name!r}; known are: {', '.join(self.domains) or 'none'}.")
+
+    def first_block(self, name: str) -> int:
+        """The lowest block of the encoder that a domain's adapter changes; the number of blocks if it is none."""
+        return self._first_blocks[name]
+
+    def folder_of(self, name: str) -> Path | None:
+        """Where a domain is on disk as it is now, if it is."""
+        return self._folders.get(name)
+
+    def note_saved(self, name: str, folder: Path) -> None:
+        """Say that a domain, as it is now, is in a folder."""
+        self._folders[name] = folder
+
+    def expect_domain(self, name: str, first_block: int, folder: Path, damage: str | None) -> None:
+        """Take up a domain that is on disk; with damage, which a warning tells, its images go to the plain model."""
+        self._first_blocks[name] = first_block
+        self._folders[name] = folder
+        if damage is not None:
+            self.damaged[name] = damage
+            warnings.warn(f"Domain {name!r} is out of use, its images go to the plain model: {damage}", stacklevel=3)
+
+
+def first_adapted_block(parameters: Iterable[str], depth: int) -> int:
+    """The lowest block of the encoder that parameters of these names change; `depth` if it is the decoder alone."""
+    lowest = depth
+    for name in parameters:
+        inside = re.search(r"(?:^|\.)vision_encoder\.(?:layers\.(\d+)\.|(neck)\.)?", name)
+        if inside is None:
+            continue
+        block, neck = inside.groups()
+        # An embedding for other weights of the neck starts at the last block, for nothing is kept behind it.
+        lowest = min(lowest, depth - 1 if neck else int(block or 0))
+    return lowest
+
+
+def _embeddings(output: ModelOutput) -> dict[str, Any]:
+    """What a mask decoder takes of an encoder's output, by the model's own argument names."""
+    embeddings = {"image_embeddings": output.last_hidden_state}
+    if "intermediate_embeddings" in output:  # SAM-HQ's
+        embeddings["intermediate_embeddings"] = output.intermediate_embeddings
+    return embeddings
+
+
+def _rows(value: Any, rows: Sequence[int], batch: int) -> Any:
+    """The rows of a tensor of the batch, or of each of several; all rows are the tensor itself."""
+    if isinstance(value, (list, tuple)):
+        return [_rows(item, rows, batch) for item in value]
+    if not torch.is_tensor(value) or len(rows) == batch:
+        return value
+    return value[list(rows)]
+
+
+def _joined(parts: Sequence[ModelOutput], back: Tensor | None) -> dict[str, Any]:
+    """Outputs of groups of images as one, in the order of the images."""
+
+    def join(values: Sequence[Tensor]) -> Tensor:
+        return values[0] if back is None else torch.cat(list(values))[back.to(values[0].device)]
+
+    if "logits" in parts[0]:
+        return {"logits": {task: join([part.logits[task] for part in parts]) for task in parts[0].logits}}
+    return {name: join([part[name] for part in parts]) for name in ("pred_masks", "iou_scores")}
