@@ -266,7 +266,7 @@ class TestStock:
             (LoraConfig(target_modules=["qkv"], bias="all"), "`bias`='all' is not allowed"),
             (LoraConfig(target_modules=["qkv"], init_lora_weights="pissa"), "`init_lora_weights`='pissa' is not"),
             (PromptTuningConfig(num_virtual_tokens=2), "`peft_type` PROMPT_TUNING is not allowed"),
-            (LoraConfig(target_modules=["nothing"]), "Target modules .* not found"),
+            (LoraConfig(target_modules=["nothing"]), r"not found"),
             (LoraConfig(target_modules=["qkv", "layer_norm2"], modules_to_save=["neck"]), "is not supported"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",

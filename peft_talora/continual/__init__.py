@@ -1,1 +1,1 @@
-"""Continual adaptation of SAM to a stream of domains: adapters per domain, routing, other learners, scores."""
+"""Domains one after another: an adapter for each, and what chooses among them by the image."""

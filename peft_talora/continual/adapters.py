@@ -49,6 +49,8 @@ class DomainAdapters(ABC):
         self.base = base.requires_grad_(False)
         self.peft_model: PeftModel | None = None
         self.active: str | None = None
+        # PEFT's own switches look for these among all modules, of which every domain brings more.
+        self._wrapped: list[BaseTunerLayer | AuxiliaryTrainingWrapper] = []
 
     @abstractmethod
     def add(self, name: str, config: PeftConfig) -> None:
@@ -97,7 +99,8 @@ class DomainAdapters(ABC):
         Raises:
             ValueError: For a domain that is not resident.
         """
-        self._plug_in(name, inference_mode=False)
+        self._check_resident(name)
+        self._switch(name, inference_mode=False)
         parameters = self._trained(name)
         self.freeze()
         for parameter in parameters.values():
@@ -115,11 +118,8 @@ class DomainAdapters(ABC):
             ValueError: For a domain that is not resident.
         """
         if name is not None:
-            self._plug_in(name, inference_mode=True)
-        elif self.peft_model is not None:
-            self.peft_model.base_model.disable_adapter_layers()
-        self.active = name
-        self.freeze()
+            self._check_resident(name)
+        self._switch(name, inference_mode=True)
 
     def unload(self, name: str) -> None:
         """Take a domain out of memory. If it was active, the model is plain afterwards, else as it was; all is frozen.
@@ -130,13 +130,25 @@ class DomainAdapters(ABC):
         self._check_resident(name)
         active = None if self.active == name else self.active
         self._drop(name)
-        self.activate(active)
+        self._settle(active)
 
-    def _plug_in(self, name: str, inference_mode: bool) -> None:
-        self._check_resident(name)
-        self.peft_model.set_adapter(name, inference_mode=inference_mode)
-        self.peft_model.base_model.enable_adapter_layers()
+    def _switch(self, name: str | None, inference_mode: bool) -> None:
+        """Plug an adapter in, in all layers at once, or none. Every one of them freezes what it does not plug in."""
+        for module in self._wrapped:
+            if module.disable_adapters is not (name is None):
+                module.enable_adapters(name is not None)
+            if name is not None:
+                own = isinstance(module, BaseTunerLayer) or any(name in entries for _, entries in _entries(module))
+                module.set_adapter(name if own else [], inference_mode=inference_mode)
+        if name is not None:
+            self.peft_model.active_adapter = self.peft_model.base_model.active_adapter = name
         self.active = name
+
+    def _settle(self, active: str | None) -> None:
+        """After adapters came or went: find the layers, plug in what was active, freeze all."""
+        self._wrapped = [module for module in self.base.modules() if isinstance(module, _WRAPPERS)]
+        self.activate(active)
+        self.freeze()
 
     def _check_resident(self, name: str) -> None:
         if name not in self.resident():
@@ -152,19 +164,25 @@ class DomainAdapters(ABC):
                 self.peft_model.add_adapter(name, config)
         except Exception:
             self._take_back(name, wrapped)
-            self.activate(self.active)
+            self._settle(self.active)
             raise
         # New modules come in training mode, whose dropout would make every output of an evaluated model another one.
         self.base.train(self.base.training)
-        self.activate(self.active)
+        self._settle(self.active)
+        if not adapter_parameters(self.base, name):  # not all versions of PEFT say so
+            self._take_out(name)
+            self._settle(self.active)
+            raise ValueError(
+                f"`target_modules`={config.target_modules} and `modules_to_save`={config.modules_to_save}: not found "
+                f"in {type(self.base).__name__}, the adapter would have no parameters."
+            )
 
     def _take_back(self, name: str, wrapped: set[int]) -> None:
         """Undo an injection that failed half-way: new wrappers give way to what they wrap, the others lose it."""
         for path, module in reversed(list(self.base.named_modules())):  # what lies inside a wrapper first
             if isinstance(module, _WRAPPERS) and id(module) not in wrapped:
-                parent, _, child = path.rpartition(".")
                 inner = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
-                setattr(self.base.get_submodule(parent), child, inner)
+                _put(self.base, path, inner)
             elif isinstance(module, BaseTunerLayer):
                 module.delete_adapter(name)
             elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -176,7 +194,11 @@ class DomainAdapters(ABC):
         if others:
             self.peft_model.set_adapter(others[0])  # PEFT warns when it has to choose one itself
         self.peft_model.delete_adapter(name)
-        if not others:  # deleted before: PEFT would leave the domain's copies of modules trained in full in the model
+        if not others:
+            # PEFT would leave the domain's copies of modules trained in full in the model, or fail without any.
+            for path, module in list(self.base.named_modules()):
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    _put(self.base, path, module.original_module)
             self.peft_model.unload()
             self.peft_model = None
 
@@ -265,20 +287,23 @@ def check_isolation(config: PeftConfig) -> None:
 def adapter_parameters(base: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All parameters of an adapter, by name in the base, the adapter's name left out."""
     found = {}
-    for path, container in _containers(base):
-        if name not in container:
-            continue
-        value = container[name]
-        if isinstance(value, nn.Parameter):
-            found[path] = value
-        elif isinstance(value, nn.Module):
-            found |= {f"{path}.{key}": parameter for key, parameter in value.named_parameters()}
+    wrapped = {path: module for path, module in base.named_modules() if isinstance(module, _WRAPPERS)}
+    for path, module in wrapped.items():
+        values = {part: entries[name] for part, entries in _entries(module) if name in entries}
+        for part, value in values.items():
+            if isinstance(value, nn.Parameter):
+                found[f"{path}.{part}"] = value
+            elif isinstance(value, nn.Module):
+                found |= {f"{path}.{part}.{key}": parameter for key, parameter in value.named_parameters()}
     return found
 
 
-def _containers(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What holds one entry per adapter, with its path, in all layers that PEFT has put into a model."""
-    for path, module in base.named_modules():
-        if isinstance(module, _WRAPPERS):
-            for name in module.adapter_layer_names:
-                yield f"{path}.{name}", attrgetter(name)(module)
+def _entries(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> Iterator[tuple[str, nn.Module]]:
+    """What holds one entry per adapter in a layer of PEFT's, by name."""
+    for part in module.adapter_layer_names:
+        yield part, attrgetter(part)(module)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -9,10 +9,9 @@ Axes: B images, P prompts of each, M masks of each prompt, N exemplars, D featur
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from ..msam import MSamModel
 from .adapters import DomainAdapters
-from .encoder import embed_patches, finish, run_blocks
+from .encoder import embed_patches, finish, first_adapted_block, run_blocks
 from .kinds import make_adapters
 from .queries import DomainQuery, make_query
 from .router import BASE, Router, Routing, check_domain_name
@@ -154,8 +153,7 @@ class MoDAModel(nn.Module):
         if self.adapters is None:
             self.adapters = make_adapters(self.base, config)
         self.adapters.add(name, config)
-        parameters = self.adapters.own_parameters(name)
-        self._first_blocks[name] = first_adapted_block(parameters, len(self.base.vision_encoder.layers))
+        self._first_blocks[name] = first_adapted_block(self.base, name)
         return self.learn(name)
 
     def learn(self, name: str) -> dict[str, nn.Parameter]:
@@ -364,19 +362,6 @@ class MoDAModel(nn.Module):
         if damage is not None:
             self.damaged[name] = damage
             warnings.warn(f"Domain {name!r} is out of use, its images go to the plain model: {damage}", stacklevel=3)
-
-
-def first_adapted_block(parameters: Iterable[str], depth: int) -> int:
-    """The lowest block of the encoder that parameters of these names change; `depth` if it is the decoder alone."""
-    lowest = depth
-    for name in parameters:
-        inside = re.search(r"(?:^|\.)vision_encoder\.(?:layers\.(\d+)\.|(neck)\.)?", name)
-        if inside is None:
-            continue
-        block, neck = inside.groups()
-        # An embedding for other weights of the neck starts at the last block, for nothing is kept behind it.
-        lowest = min(lowest, depth - 1 if neck else int(block or 0))
-    return lowest
 
 
 def _embeddings(output: ModelOutput) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """A MoDA model's folder: written so that a kill leaves none half, read so that an adapter is read when it is used.
 
 ==========================  ==========================================================================================
-``moda.json``               version, base, query, selector; the domains in order, with the checksums of their files
+``moda.json``               version, base, query, selector; the domains in order, their folders and checksums
 ``moda.safetensors``        tokens of the query, the selector, the features of the exemplars
 ``domains/<name>/``         that domain's adapter and nothing else: a PEFT folder, or a domain's part of a TA-LoRA
 ``shared/``                 the factors that all domains of a TA-LoRA share
 ==========================  ==========================================================================================
+
+Nothing that ``moda.json`` names is ever written over: what has changed gets a new name (``moda-2.safetensors``,
+``domains/<name>-2``), and what is not named any more is deleted after ``moda.json`` was replaced, in one step.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ from .queries import make_query
 from .shared_factors import SharedFactorAdapters
 
 CONFIG_NAME = "moda.json"
-WEIGHTS_NAME = "moda.safetensors"
 VERSION = 1
 
 
@@ -37,22 +39,28 @@ def save_moda(model: MoDAModel, folder: str | Path) -> None:
 
     Args:
         model: Any; a domain that is being learnt is written as it is now.
-        folder: Created if need be. Domains in it that the model does not have are deleted, last of all.
+        folder: Created if need be; a MoDA model that is there is replaced.
 
     Raises:
         OSError: If a damaged domain would have to be copied.
     """
     folder = Path(folder)
-    for name in model.domains:
-        _save_domain(model, name, folder / "domains" / name)
-    if isinstance(model.adapters, SharedFactorAdapters):
-        model.adapters.save_shared(folder / "shared")
+    (folder / "domains").mkdir(parents=True, exist_ok=True)
+    places = {name: _save_domain(model, name, folder / "domains") for name in model.domains}
+    weights = _fresh(folder, "moda", ".safetensors")
     with write_aside(folder) as aside:
-        save_file(_tensors(model), aside / WEIGHTS_NAME)
-        write_json(aside / CONFIG_NAME, _describe(model, folder))
-    for stale in (folder / "domains").glob("*"):
-        if stale.name not in model.domains:
-            shutil.rmtree(stale)
+        save_file(_tensors(model), aside / weights.name)
+    config = _describe(model, places, weights)
+    if isinstance(model.adapters, SharedFactorAdapters):
+        config["shared"] = _save_shared(model.adapters, folder)
+    with write_aside(folder) as aside:
+        write_json(aside / CONFIG_NAME, config)
+    for name, place in places.items():
+        model.note_saved(name, place)
+    kept = {*places.values(), weights, folder / (config["shared"] or {"folder": "shared"})["folder"]}
+    for pattern in ("domains/*", "moda*.safetensors", "shared*"):
+        for stale in set(folder.glob(pattern)) - kept:
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def load_moda(folder: str | Path, base: PreTrainedModel, resident: int | None = None) -> MoDAModel:
@@ -79,31 +87,52 @@ def load_moda(folder: str | Path, base: PreTrainedModel, resident: int | None = 
         )
     query = make_query(config["query"]["kind"], base.config.vision_config, stop=config["query"]["stop"])
     model = MoDAModel(base, query, config["selector"], config["exemplars"], resident)
-    if config["own"] is not None:
-        model.adapters = SharedFactorAdapters(base, config["own"])
-        model.adapters.load_shared(folder / "shared")
+    if config["shared"] is not None:
+        model.adapters = SharedFactorAdapters(base, config["shared"]["own"])
+        model.adapters.load_shared(folder / config["shared"]["folder"])
     elif config["domains"]:
         model.adapters = StockAdapters(base)
     for domain in config["domains"]:
-        place = folder / "domains" / domain["name"]
+        place = folder / "domains" / domain["folder"]
         model.expect_domain(domain["name"], domain["first_block"], place, _damage(place, domain["files"]))
-    check_safetensors(folder / WEIGHTS_NAME)
-    _fill(model, load_file(folder / WEIGHTS_NAME), config, folder / WEIGHTS_NAME)
+    weights = folder / config["weights"]
+    check_safetensors(weights)
+    _fill(model, load_file(weights), config, weights)
     return model.eval()
 
 
-def _save_domain(model: MoDAModel, name: str, folder: Path) -> None:
+def _fresh(folder: Path, stem: str, suffix: str = "") -> Path:
+    """The first of ``<stem><suffix>``, ``<stem>-2<suffix>``, ... that is not there."""
+    count = 1
+    while (path := folder / f"{stem}{f'-{count}' if count > 1 else ''}{suffix}").exists():
+        count += 1
+    return path
+
+
+def _save_domain(model: MoDAModel, name: str, parent: Path) -> Path:
+    """Where the domain is, in a folder below `parent`; written there unless it is there as it is."""
     known = model.folder_of(name)
-    if known is not None and known.resolve() == folder.resolve():
-        return
+    if known is not None and known.parent.resolve() == parent.resolve():
+        return parent / known.name
+    place = _fresh(parent, name)
     if name in model.damaged:
         raise OSError(model.damaged[name])
-    if known is not None:  # it may be on disk alone, and is as it was there
-        with write_aside(folder, owned=[file.name for file in folder.glob("*")]) as aside:
+    if known is None:
+        model.adapters.save(name, place)
+    else:  # it may be on disk alone
+        with write_aside(place) as aside:
             shutil.copytree(known, aside, dirs_exist_ok=True)
-    else:
-        model.adapters.save(name, folder)
-    model.note_saved(name, folder)
+    return place
+
+
+def _save_shared(adapters: SharedFactorAdapters, folder: Path) -> dict[str, str]:
+    fingerprint = adapters.fingerprint()
+    file = folder / CONFIG_NAME
+    before = (json.loads(file.read_text()).get("shared") if file.exists() else None) or {}
+    place = folder / before["folder"] if before.get("fingerprint") == fingerprint else _fresh(folder, "shared")
+    if not place.exists():
+        adapters.save_shared(place)
+    return {"folder": place.name, "own": adapters.own, "fingerprint": fingerprint}
 
 
 def _tensors(model: MoDAModel) -> dict[str, Tensor]:
@@ -113,25 +142,26 @@ def _tensors(model: MoDAModel) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
-def _describe(model: MoDAModel, folder: Path) -> dict[str, Any]:
-    shared = isinstance(model.adapters, SharedFactorAdapters)
+def _describe(model: MoDAModel, places: Mapping[str, Path], weights: Path) -> dict[str, Any]:
     return {
         "version": VERSION,
         "base": {"model_type": model.base.config.model_type, "name_or_path": model.base.config._name_or_path},
+        "weights": weights.name,
         "query": {"kind": model.query.kind, "stop": model.query.stop},
         "selector": model.router.selector.kind,
         "fitted": model.router.domains,
         "threshold": model.router.threshold,
         "quantile": model.router.quantile,
         "exemplars": model.exemplars,
-        "own": model.adapters.own if shared else None,
+        "shared": None,
         "domains": [
             {
                 "name": name,
+                "folder": place.name,
                 "first_block": model.first_block(name),
-                "files": _checksums(folder / "domains" / name),
+                "files": _checksums(place),
             }
-            for name in model.domains
+            for name, place in places.items()
         ],
     }
 

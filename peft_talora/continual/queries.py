@@ -1,249 +1,320 @@
-"""What an image is, by the frozen encoder: features by which a router tells domains apart.
+"""What an image looks like to the frozen encoder, in one vector: by it domains are told apart.
 
-Source: arXiv:2412.06418. One global feature token (GFT) and nine global assistant tokens (GAT) go through the encoder
-with the image; the GFT after the last block describes it. Means of features stand beside it, as controls.
+Source: MoDA's global feature token and its assistants, arXiv:2412.06418, section 3.3.
 
-Axes: B images, K tokens, N patches, h w the grid, D the encoder's width, A heads, E width of a head, F features.
+Axes: B images, T tokens, h w the encoder's grid, D features, N windows of all images, n heads, C channels of the image
+embedding.
 """
-
-from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from .encoder import embed_patches
+from .encoder import embed_patches, finish, run_blocks
 
-TOKENS = 10  # one GFT, then nine GAT
-KINDS = ("gft_readonly", "gft_global", "mean_block(i)", "mean_neck")
+ASSISTANTS = 9
 
 
-@dataclass
-class Reading:
-    """What a query has read; `features` (B, F) are there once the encoder has run."""
+class Reading(Protocol):
+    """What `DomainQuery.reading` gives."""
 
-    features: Tensor | None = None
+    @property
+    def features(self) -> Tensor:
+        """float32 (B, D), of the last images that went through the encoder.
 
-
-class DomainQuery(nn.Module, ABC):
-    """Images → features, by an encoder without adapters.
-
-    Attributes:
-        kind: As `make_query` takes it.
-        width: F.
-        stop: Number of blocks that it reads.
-        extra_passes: Passes through the encoder that it needs for itself; 0 where it reads along with one.
-    """
-
-    kind: str
-    width: int
-    stop: int
-    extra_passes: int = 0
-
-    @abstractmethod
-    def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Features (B, F) of images (B, 3, H, W). Adapters must be off."""
-
-    @abstractmethod
-    def reading(self, encoder: nn.Module):
-        """A context manager that gives a `Reading`: whoever runs the encoder inside it gets the features beside.
-
-        Blocks may be called one by one, up to `stop` of them. Hooks are gone afterwards, also after an exception.
+        Raises:
+            RuntimeError: Before the encoder has run as far as the query reads.
         """
 
 
-class ReadingQuery(DomainQuery):
-    """One that reads what the encoder computes anyway."""
+class DomainQuery(nn.Module, ABC):
+    """Features of images by an encoder that no adapter changes: adapters are off while a query reads.
+
+    Attributes:
+        kind: The name by which `make_query` makes it.
+        width: D, the number of features.
+        stop: How many blocks it reads: blocks from `stop` on may be anything.
+        extra_passes: 0 if it reads along with a pass through the encoder, 1 if it needs a pass of its own.
+    """
+
+    extra_passes: int
+
+    def __init__(self, kind: str, width: int, stop: int):
+        super().__init__()
+        self.kind, self.width, self.stop = kind, width, stop
+
+    @abstractmethod
+    def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The features (B, D), float32, of images (B, 3, H, W), by a pass that goes no farther than it must.
+
+        Args:
+            encoder: The `vision_encoder` of a SAM, SAM-HQ or mSAM.
+            pixel_values: As the encoder takes them.
+        """
+
+    @abstractmethod
+    def reading(self, encoder: nn.Module) -> AbstractContextManager[Reading]:
+        """Read along while the caller runs the encoder, or blocks of it by `run_blocks`.
+
+        ```python
+        with query.reading(encoder) as reading:
+            embeddings = encoder(pixel_values).last_hidden_state  # bit for bit as without the query
+        reading.features
+        ```
+
+        Gradients, to tokens that need any, are on or off as they are where the context is entered.
+
+        Raises:
+            RuntimeError: If the query needs a pass of its own.
+        """
+
+
+class GlobalFeatureToken(DomainQuery):
+    """Tokens that read the image on its way through the blocks, while the image never sees them.
+
+    In a block whose own `qkv` gives queries, keys and values of the image's grid x, tokens t go on by
+
+        a = LN₁(t),    t′ = t + proj(softmax(q(a) [k(a), k(x)]ᵀ / √(D / n)) [v(a), v(x)]),    t″ = t′ + MLP(LN₂(t′))
+
+    all by the block's own layers: over the whole grid even where the image's attention is cut into windows (cells that
+    only pad them are left out), and without relative positions, for tokens have none. The features are token 0 after
+    the last block that is read; the other tokens are its assistants.
+
+    Attributes:
+        tokens: (T, D), N(0, 1). They may be trained (``query.tokens.requires_grad_()``): the graph holds their way
+            through the blocks and nothing of the image's. Features of other tokens have nothing to do with those kept.
+
+    Args:
+        kind: See `DomainQuery`.
+        width: D, the width of the encoder.
+        stop: See `DomainQuery`.
+        seed: Of the tokens; PyTorch's global generator is left as it was.
+    """
+
+    extra_passes = 0
+
+    def __init__(self, kind: str, width: int, stop: int, seed: int = 0):
+        super().__init__(kind, width, stop)
+        self.tokens = _draw_tokens(width, seed)
 
     def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
-        """See `DomainQuery.forward`."""
+        """The features (B, D) of images; gradients to the tokens, if they need any and the caller has them on."""
         with self.reading(encoder) as reading, torch.no_grad():
-            encoder(pixel_values)
+            run_blocks(encoder, embed_patches(encoder, pixel_values), 0, self.stop)
         return reading.features
 
-
-class GlobalFeatureToken(ReadingQuery):
-    """The GFT that reads the image, which itself never sees it: one pass gives features and image embeddings.
-
-    In each block, with the block's own weights, tokens (K, D) attend to themselves and to all patches of the image,
-    windows or not, without relative positions; the patches' keys and values are those that the block computes:
-
-        t ← t + proj(attention(q(t), [k(t), k(image)], [v(t), v(image)])),    t ← t + MLP(LN₂(t)),    t read by LN₁
-
-    Cells by which windows are padded take no part.
-
-    Args:
-        vision_config: Of the encoder.
-        seed: Of the tokens, N(0, 1), which are not trained by default; a gradient that they get passes through the
-            tokens alone.
-        stop: Blocks that it reads; None: all.
-    """
-
-    kind = "gft_readonly"
-
-    def __init__(self, vision_config: PreTrainedConfig, seed: int = 0, stop: int | None = None):
-        super().__init__()
-        self.width = vision_config.hidden_size
-        self.stop = vision_config.num_hidden_layers if stop is None else stop
-        self.tokens = nn.Parameter(draw_tokens(self.width, seed), requires_grad=False)
-
     @contextmanager
     def reading(self, encoder: nn.Module):
-        """See `DomainQuery.reading`."""
-        reading, state, handles = Reading(), {}, []
-
-        def begin(layer: nn.Module, inputs: tuple) -> None:
-            state["grid"] = inputs[0].shape[:3]
-
-        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            state["qkv"] = output.detach()
-
-        def read(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-            tokens = state["tokens"] if "tokens" in state else self.tokens.expand(len(output), -1, -1)
-            patches_BN3D = _whole_grid(state.pop("qkv"), layer.window_size, *state["grid"])
-            state["tokens"] = _token_block(layer, tokens, patches_BN3D)
-
-        def end(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-            reading.features = state.pop("tokens")[:, 0]
-
-        layers = list(encoder.layers)[: self.stop]
-        try:
-            for layer in layers:
-                handles.append(layer.register_forward_pre_hook(begin))
-                handles.append(layer.attn.qkv.register_forward_hook(keep))
-                handles.append(layer.register_forward_hook(read))
-            handles.append(layers[-1].register_forward_hook(end))
-            yield reading
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Read along; see `DomainQuery.reading`."""
+        _check_width(self, encoder)
+        tokens = _TokenReading(self.tokens, self.stop)
+        with ExitStack() as hooks:
+            for index, block in enumerate(encoder.layers[: self.stop]):
+                for handle in tokens.watch(index, block):
+                    hooks.callback(handle.remove)
+            yield tokens
 
 
-class GlobalAttention(DomainQuery):
-    """The GFT of the released code: a pass of its own, in which tokens and patches see each other everywhere.
+class _TokenReading:
+    """The tokens on their way along the image; see `GlobalFeatureToken`."""
 
-    No windows, no relative positions; tokens stand before the patches.
+    def __init__(self, tokens_TD: nn.Parameter, stop: int):
+        self.start_TD, self.stop = tokens_TD, stop
+        self.gradients = torch.is_grad_enabled() and tokens_TD.requires_grad
+        self.tokens_BTD = None
+        self.blocks = 0  # that the tokens have been through
+        self.qkv_NHWD = None
+
+    @property
+    def features(self) -> Tensor:
+        if self.tokens_BTD is None or self.blocks < self.stop:
+            raise RuntimeError(f"the query reads {self.stop} blocks; the encoder has run {self.blocks} of them.")
+        return self.tokens_BTD[:, 0].float()
+
+    def watch(self, index: int, block: nn.Module) -> list:
+        """Hooks on block number `index`, as handles."""
+
+        def begin(block: nn.Module, inputs: tuple[Tensor]) -> None:
+            self.qkv_NHWD = None
+            if index == 0:
+                hidden = inputs[0]
+                self.tokens_BTD = self.start_TD.to(hidden).expand(len(hidden), -1, -1)
+                self.blocks = 0
+
+        def keep(qkv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if self.qkv_NHWD is None:  # of the image; the tokens' own call comes second
+                self.qkv_NHWD = output.detach()
+
+        def step(block: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if index != self.blocks:
+                raise RuntimeError(f"block {index} was run after {self.blocks} blocks; a query reads them in order.")
+            with torch.set_grad_enabled(self.gradients):
+                self.tokens_BTD = _next_tokens(block, self.tokens_BTD, self.qkv_NHWD, inputs[0].shape[1:3])
+            self.qkv_NHWD, self.blocks = None, index + 1
+
+        return [
+            block.register_forward_pre_hook(begin),
+            block.attn.qkv.register_forward_hook(keep),
+            block.register_forward_hook(step),
+        ]
+
+
+def _next_tokens(block: nn.Module, tokens_BTD: Tensor, qkv_NHWD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One block for the tokens: see `GlobalFeatureToken`. `qkv_NHWD` has 3 D channels."""
+    D = tokens_BTD.shape[-1]
+    image_BHWD = qkv_NHWD[..., D:]
+    if block.window_size > 0:
+        padded = tuple(side + -side % block.window_size for side in grid)
+        image_BHWD = block.window_unpartition(image_BHWD, block.window_size, padded, tuple(grid))
+    image_k, image_v = image_BHWD.flatten(1, 2).split(D, -1)
+    q, k, v = block.attn.qkv(block.layer_norm1(tokens_BTD)).split(D, -1)
+    return _after_attention(block, tokens_BTD, q, torch.cat([k, image_k], 1), torch.cat([v, image_v], 1))
+
+
+def _after_attention(block: nn.Module, x_BTD: Tensor, q_BTD: Tensor, k_BSD: Tensor, v_BSD: Tensor) -> Tensor:
+    """The rest of a block: attention of q to k and v in heads, without positions, `proj` and MLP with residuals."""
+    q, k, v = (x.unflatten(-1, (block.attn.num_attention_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BSD, v_BSD))
+    read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x_BTD = x_BTD + block.attn.proj(read)
+    return x_BTD + block.mlp(block.layer_norm2(x_BTD))
+
+
+class GlobalPass(DomainQuery):
+    """The way of the method's released code: tokens and patches see each other in a pass of their own.
+
+    Every block attends over tokens and the whole grid, both ways, without windows and without relative positions.
+    The features are token 0 after the last block that is read.
+
+    Attributes:
+        tokens: (T, D), N(0, 1); see `GlobalFeatureToken`, though here the graph of trained tokens holds the images'
+            way too.
 
     Args:
-        vision_config: Of the encoder.
-        seed: Of the tokens, N(0, 1).
-        stop: Blocks; None: all.
+        kind: See `DomainQuery`.
+        width: D, the width of the encoder.
+        stop: See `DomainQuery`.
+        seed: Of the tokens; PyTorch's global generator is left as it was.
     """
 
-    kind = "gft_global"
     extra_passes = 1
 
-    def __init__(self, vision_config: PreTrainedConfig, seed: int = 0, stop: int | None = None):
-        super().__init__()
-        self.width = vision_config.hidden_size
-        self.stop = vision_config.num_hidden_layers if stop is None else stop
-        self.tokens = nn.Parameter(draw_tokens(self.width, seed), requires_grad=False)
+    def __init__(self, kind: str, width: int, stop: int, seed: int = 0):
+        super().__init__(kind, width, stop)
+        self.tokens = _draw_tokens(width, seed)
 
     def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
-        """See `DomainQuery.forward`."""
-        patches_BND = embed_patches(encoder, pixel_values).flatten(1, 2)
-        hidden = torch.cat([self.tokens.expand(len(patches_BND), -1, -1), patches_BND], dim=1)
-        for layer in list(encoder.layers)[: self.stop]:
-            hidden = _token_block(layer, hidden, None)
-        return hidden[:, 0]
+        """The features (B, D) of images."""
+        _check_width(self, encoder)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tokens.requires_grad):
+            patches_BSD = embed_patches(encoder, pixel_values).flatten(1, 2)
+            tokens_BTD = self.tokens.to(patches_BSD).expand(len(patches_BSD), -1, -1)
+            x = torch.cat([tokens_BTD, patches_BSD], 1)
+            for block in encoder.layers[: self.stop]:
+                x = _after_attention(block, x, *block.attn.qkv(block.layer_norm1(x)).chunk(3, -1))
+            return x[:, 0].float()
 
-    def reading(self, encoder: nn.Module):
-        """There is none: raises TypeError."""
-        raise TypeError(f"{self.kind!r} changes what the image is in its pass; it cannot read along with another.")
+    def reading(self, encoder: nn.Module) -> AbstractContextManager[Reading]:
+        """Refused: raises RuntimeError."""
+        raise RuntimeError(f"the query {self.kind!r} needs a pass of its own; call it with the images.")
 
 
-class MeanFeatures(ReadingQuery):
-    """The mean over the image of a block's output, or of the image embeddings: what the GFT has to beat.
+class MeanFeatures(DomainQuery):
+    """The mean over the grid of what a block or the neck gives: the controls of the tokens, which have to beat them.
 
     Args:
-        vision_config: Of the encoder.
-        block: Position of the block; None: the neck.
+        kind: ``"mean_neck"`` or ``"mean_block(i)"``.
+        width: Channels of what is averaged.
+        stop: i + 1 for block i; all blocks for the neck.
     """
 
-    def __init__(self, vision_config: PreTrainedConfig, block: int | None = None):
-        super().__init__()
-        depth = vision_config.num_hidden_layers
-        if block is not None and not 0 <= block < depth:
-            raise ValueError(f"`query` is 'mean_block({block})'; the encoder has the blocks 0 to {depth - 1}.")
-        self.block, self.kind = block, "mean_neck" if block is None else f"mean_block({block})"
-        self.width = vision_config.output_channels if block is None else vision_config.hidden_size
-        # After the neck there is no block to go on from, as if it were one more.
-        self.stop = depth + 1 if block is None else block + 1
+    extra_passes = 0
+
+    def __init__(self, kind: str, width: int, stop: int):
+        super().__init__(kind, width, stop)
+        self.of_neck = kind == "mean_neck"
+
+    def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The features (B, D) of images."""
+        with self.reading(encoder) as reading, torch.no_grad():
+            hidden = run_blocks(encoder, embed_patches(encoder, pixel_values), 0, self.stop)
+            if self.of_neck:
+                finish(encoder, hidden)
+        return reading.features
 
     @contextmanager
     def reading(self, encoder: nn.Module):
-        """See `DomainQuery.reading`."""
-        reading = Reading()
-
-        def read(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            reading.features = output.mean((2, 3) if self.block is None else (1, 2)).detach()
-
-        handle = (encoder.neck if self.block is None else encoder.layers[self.block]).register_forward_hook(read)
+        """Read along; see `DomainQuery.reading`."""
+        mean = _MeanReading(self.kind, grid_axes=(2, 3) if self.of_neck else (1, 2))
+        handle = (encoder.neck if self.of_neck else encoder.layers[self.stop - 1]).register_forward_hook(mean.take)
         try:
-            yield reading
+            yield mean
         finally:
             handle.remove()
 
 
-def make_query(kind: str, vision_config: PreTrainedConfig, seed: int = 0, stop: int | None = None) -> DomainQuery:
-    """A query by its name.
+class _MeanReading:
+    def __init__(self, kind: str, grid_axes: tuple[int, int]):
+        self.kind, self.grid_axes, self.mean = kind, grid_axes, None
+
+    @property
+    def features(self) -> Tensor:
+        if self.mean is None:
+            raise RuntimeError(f"the query {self.kind!r} has seen nothing: the encoder has not run that far.")
+        return self.mean
+
+    def take(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.mean = output.detach().float().mean(self.grid_axes)
+
+
+def make_query(kind: str, vision_config, seed: int = 0, stop: int | None = None) -> DomainQuery:
+    """A query by name.
+
+    ===================  =============================================================================================
+    ``gft_readonly``     `GlobalFeatureToken`: one token with nine assistants that read along
+    ``gft_global``       `GlobalPass`: the same tokens in a pass of their own, as the released code has them
+    ``mean_block(i)``    `MeanFeatures` of block i, counted from 0
+    ``mean_neck``        `MeanFeatures` of the image embedding
+    ===================  =============================================================================================
 
     Args:
-        kind: ``"gft_readonly"``, ``"gft_global"``, ``"mean_block(i)"`` with the position of a block, ``"mean_neck"``.
-        vision_config: Of the encoder.
-        seed: Of tokens.
-        stop: Number of blocks that tokens go through; None: all. Means do not read it.
+        kind: One of the table.
+        vision_config: Of the encoder: `SamVisionConfig` or `SamHQVisionConfig`.
+        seed: Of the tokens.
+        stop: How many blocks may be read; None: all. A mean takes what it takes, so there it is only checked.
 
     Raises:
-        ValueError: For another kind, or a block or number of blocks that the encoder does not have.
+        ValueError: For an unknown kind, a `stop` outside 1 … number of blocks, or a mean that lies beyond it.
     """
-    depth = vision_config.num_hidden_layers
-    tokens = {query.kind: query for query in (GlobalFeatureToken, GlobalAttention)}
-    if kind in tokens:
-        if stop is not None and not 1 <= stop <= depth:
-            raise ValueError(f"`stop` is {stop}; allowed: 1 to {depth}, the encoder's blocks.")
-        return tokens[kind](vision_config, seed, stop)
-    mean = re.fullmatch(r"mean_neck|mean_block\((\d+)\)", kind)
-    if mean is None:
-        raise ValueError(f"`query` is {kind!r}; allowed: {', '.join(KINDS)}.")
-    return MeanFeatures(vision_config, None if mean[1] is None else int(mean[1]))
+    blocks = vision_config.num_hidden_layers
+    limit = blocks if stop is None else stop
+    if not 1 <= limit <= blocks:
+        raise ValueError(f"`stop` is {stop}; allowed: 1 to {blocks}, the number of blocks.")
+    if kind == "gft_readonly":
+        return GlobalFeatureToken(kind, vision_config.hidden_size, limit, seed)
+    if kind == "gft_global":
+        return GlobalPass(kind, vision_config.hidden_size, limit, seed)
+    if kind == "mean_neck":
+        if limit < blocks:
+            raise ValueError(f"`stop` is {stop}; 'mean_neck' reads all {blocks} blocks.")
+        return MeanFeatures(kind, vision_config.output_channels, blocks)
+    if block := re.fullmatch(r"mean_block\((\d+)\)", kind):
+        if int(block[1]) >= limit:
+            raise ValueError(f"`kind` is {kind!r}; allowed: mean_block(0) to mean_block({limit - 1}).")
+        return MeanFeatures(kind, vision_config.hidden_size, int(block[1]) + 1)
+    raise ValueError(f"`kind` is {kind!r}; allowed: 'gft_readonly', 'gft_global', 'mean_block(i)', 'mean_neck'.")
 
 
-def draw_tokens(width: int, seed: int) -> Tensor:
-    """(1, K, D), standard normal; the global generator is left as it was."""
-    return torch.randn(1, TOKENS, width, generator=torch.Generator().manual_seed(seed))
+def _draw_tokens(width: int, seed: int) -> nn.Parameter:
+    tokens_TD = torch.randn(1 + ASSISTANTS, width, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(tokens_TD, requires_grad=False)
 
 
-def _token_block(layer: nn.Module, tokens_BKD: Tensor, patches_BN3D: Tensor | None) -> Tensor:
-    """A block for tokens, which see themselves and, where given, patches by their queries, keys and values."""
-    attention = layer.attn
-    # Modules are called past their hooks, one of which brought us here.
-    own_BK3D = attention.qkv.forward(layer.layer_norm1(tokens_BKD))
-    query, key, value = _heads(own_BK3D, attention.num_attention_heads)
-    if patches_BN3D is not None:
-        _, seen, said = _heads(patches_BN3D, attention.num_attention_heads)
-        key, value = torch.cat([key, seen], dim=2), torch.cat([value, said], dim=2)
-    mixed_BAKE = F.scaled_dot_product_attention(query, key, value, scale=attention.scale)
-    tokens_BKD = tokens_BKD + attention.proj.forward(mixed_BAKE.transpose(1, 2).flatten(2))
-    return tokens_BKD + layer.mlp.forward(layer.layer_norm2(tokens_BKD))
-
-
-def _heads(qkv_BN3D: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, each (B, A, N, E)."""
-    return qkv_BN3D.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _whole_grid(qkv: Tensor, window: int, batch: int, height: int, width: int) -> Tensor:
-    """(B, N, 3 D) of a block's (B · windows, window, window, 3 D), or (B, h, w, 3 D), without padded cells."""
-    if not window:
-        return qkv.reshape(batch, height * width, -1)
-    rows, columns = -(-height // window), -(-width // window)
-    grid = qkv.reshape(batch, rows, columns, window, window, -1).transpose(2, 3)
-    grid = grid.reshape(batch, rows * window, columns * window, -1)
-    return grid[:, :height, :width].reshape(batch, height * width, -1)
+def _check_width(query: DomainQuery, encoder: nn.Module) -> None:
+    width = encoder.config.hidden_size
+    if width != query.width:
+        raise ValueError(f"the query is {query.width} wide; this encoder needs one of {width}.")

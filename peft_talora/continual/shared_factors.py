@@ -88,7 +88,7 @@ class SharedFactorAdapters(DomainAdapters):
             self._inject(name, self._domain_config(config))
         except Exception:
             if new:
-                self._take_out(SHARED)
+                self._remove_shared()
             raise
         self._tie(name)
         self._start(name)
@@ -183,7 +183,7 @@ class SharedFactorAdapters(DomainAdapters):
         try:
             fill(self.peft_model, SHARED, state, folder / WEIGHTS_NAME)
         except ValueError:
-            self._take_out(SHARED)
+            self._remove_shared()
             raise
         self.trained_with, self.frozen = content["trained_with"], content["frozen"]
 
@@ -202,7 +202,7 @@ class SharedFactorAdapters(DomainAdapters):
         return self.own_parameters(name) | ({} if self.frozen else self.shared_parameters())
 
     def _untouched(self) -> bool:
-        """Whether a part of the factors is zero in all layers, as it was drawn: no domain could learn anything by it."""
+        """Whether a part of the factors is zero in all layers, as it was drawn: no domain could learn by it."""
         parts = [[getattr(layer, part)[SHARED] for layer in self._layers()] for part in _SHARED_PARTS[self.own]]
         return any(not any(parameter.any() for parameter in part) for part in parts)
 
@@ -210,7 +210,8 @@ class SharedFactorAdapters(DomainAdapters):
     def _open(self, name: str) -> None:
         """Let the factors train with this domain. It stays the plain model: the output factor is zero, or the core.
 
-        As added it has zeros of its own, and where both are zero neither gets a gradient.
+        As added it has zeros of its own, and where both are zero neither gets a gradient. What it gets instead was
+        drawn with the factors, so that training draws nothing.
         """
         if self.trained_with in self.resident():
             self._start(self.trained_with)
@@ -218,12 +219,10 @@ class SharedFactorAdapters(DomainAdapters):
         if self.peft_model.peft_config[name].init_weights is False:
             return
         for layer in self._layers():
-            core_ORK = layer.talora_core[name]
-            if self.own == "column" and not layer.talora_out[SHARED].any():
-                nn.init.orthogonal_(core_ORK[:, :, 0])
-            for row_K in layer.talora_task[name].values() if self.own == "row" else ():
-                nn.init.normal_(row_K, std=len(row_K) ** -0.5)
-                row_K[0] = 1
+            if self.own == "column":
+                layer.talora_core[name].copy_(layer.talora_core[SHARED])
+            for row_K in layer.talora_task[name].values():
+                nn.init.constant_(row_K, len(row_K) ** -0.5)
 
     def _drop(self, name: str) -> None:
         self._take_out(name)
@@ -269,22 +268,23 @@ class SharedFactorAdapters(DomainAdapters):
         self._inject(SHARED, self._shared_config(config))
         with torch.no_grad():
             for layer in self._layers():
-                rows, core_ORK = layer.talora_task[SHARED], layer.talora_core[SHARED]
-                for row_K in rows.values():
+                core_ORK = layer.talora_core[SHARED]
+                for row_K in layer.talora_task[SHARED].values():
                     nn.init.zeros_(row_K)
-                if self.own == "column":
-                    nn.init.zeros_(core_ORK)
-                elif config.init_weights in ("lora", True):
+                if config.init_weights in ("lora", True):
                     # Slices of zero would all learn the same of the first domain, and later ones had little to mix.
                     for k in range(1, core_ORK.shape[2]):
                         nn.init.orthogonal_(core_ORK[:, :, k])
+
+    def _remove_shared(self) -> None:
+        self._take_out(SHARED)
+        self._settle(None)
 
     def _tie(self, name: str) -> None:
         for layer in self._layers():
             for part in _SHARED_PARTS[self.own]:
                 parameters = getattr(layer, part)
                 parameters[name] = parameters[SHARED]
-        self.activate(self.active)  # the parameters that were replaced are gone, and none of the others trains
 
     @torch.no_grad()
     def _start(self, name: str) -> None:
