@@ -1,7 +1,12 @@
 """What all ways to learn a stream of domains have in common.
 
-A *batch* maps names to tensors whose first axis is that of the images, among them ``"pixel_values"`` (B, 3, H, W); its
-other entries, that are no tensors, take no part in learning.
+A *batch* maps names to what belongs to its images, among them ``"pixel_values"`` (B, 3, H, W):
+
+=======================  ===================================================================================
+tensors                  their first axis is that of the images
+strings, numbers, None   hold for the whole batch
+all else                 takes no part in learning, as lists of names do
+=======================  ===================================================================================
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ class Learner(ABC):
         model: With an adapter of any kind, whose trainable parameters are learnt.
         predict: batch → logits of masks (B, P, h, w), through `model`.
         task_loss: (logits, batch) → scalar, a mean over images.
-        batches: domain → its training images in batches, each image once, not augmented, always in one order.
+        batches: domain → its training images in batches, each image once, not augmented, always in one order; what
+            holds for a whole batch is the same in all of them.
         seed: Of what a learner draws; PyTorch's global generator is left as it was.
     """
 
@@ -137,13 +143,19 @@ def taken(state: Mapping[str, Any], prefix: str, parameters: Mapping[str, nn.Par
     return {name: value.to(parameters[name].device, copy=True) for name, value in values.items()}
 
 
-def single_images(batch: Batch) -> list[dict[str, Tensor]]:
-    """The tensors of a batch as batches of one image each, copies."""
+def single_images(batch: Batch) -> list[dict[str, Any]]:
+    """What takes part in learning, as batches of one image each; tensors are copies."""
+    plain = whole_batch_values(batch)
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     return [
-        {name: value[row : row + 1].clone() for name, value in tensors.items()}
+        plain | {name: value[row : row + 1].clone() for name, value in tensors.items()}
         for row in range(len(batch["pixel_values"]))
     ]
+
+
+def whole_batch_values(batch: Batch) -> dict[str, Any]:
+    """What holds for the whole batch."""
+    return {name: value for name, value in batch.items() if value is None or isinstance(value, (str, int, float))}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .learner import Batch, Learner, single_images
+from .learner import Batch, Learner, single_images, whole_batch_values
 
 
 class ExperienceReplay(Learner):
@@ -16,7 +16,7 @@ class ExperienceReplay(Learner):
         (B · loss of the batch + n · loss of the replayed) / (B + n),    n = min(B, images in the buffer)
 
     After a domain its images pass a reservoir: at any time each image seen is in the buffer with the same chance.
-    What is kept of an image are the tensors of its batch, on the CPU.
+    What is kept of an image is what its batch has of it, tensors on the CPU.
 
     Args:
         model: See `Learner`, as are `predict`, `task_loss` and `batches`.
@@ -34,7 +34,7 @@ class ExperienceReplay(Learner):
         if size < 0:
             raise ValueError(f"size: got {size}; needed is at least 0.")
         self.size, self.seen = size, 0
-        self.buffer: list[dict[str, Tensor]] = []
+        self.buffer: list[dict[str, Any]] = []
         self.generator = torch.Generator().manual_seed(seed)
 
     def begin(self, domain_index: int, domain: Any) -> None:
@@ -50,20 +50,32 @@ class ExperienceReplay(Learner):
         again = len(replayed["pixel_values"])
         return (count * loss + again * self.task(replayed)) / (count + again)
 
-    def _draw(self, count: int, device: torch.device) -> dict[str, Tensor]:
+    def _draw(self, count: int, device: torch.device) -> dict[str, Any]:
         chosen = torch.randperm(len(self.buffer), generator=self.generator)[:count].tolist()
         images = [self.buffer[index] for index in chosen]
-        return {name: torch.cat([image[name] for image in images]).to(device) for name in images[0]}
+        tensors = [name for name, value in images[0].items() if torch.is_tensor(value)]
+        return whole_batch_values(images[0]) | {
+            name: torch.cat([image[name] for image in images]).to(device) for name in tensors
+        }
 
     def end(self, domain_index: int, domain: Any) -> None:
-        """Let the images of the domain pass the reservoir."""
+        """Let the images of the domain pass the reservoir.
+
+        Raises:
+            ValueError: If a value of a whole batch is not that of former ones, so that images cannot be mixed.
+        """
         if not self.size:
             return
         for batch in self.batches(domain):
             for image in single_images(batch):
-                self._offer({name: value.cpu() for name, value in image.items()})
+                self._offer({name: value.cpu() if torch.is_tensor(value) else value for name, value in image.items()})
 
-    def _offer(self, image: dict[str, Tensor]) -> None:
+    def _offer(self, image: dict[str, Any]) -> None:
+        plain, former = whole_batch_values(image), whole_batch_values(self.buffer[0] if self.buffer else image)
+        if plain != former:
+            raise ValueError(
+                f"domain: `batches` gave {plain} with an image, before {former}; needed are equal values."
+            )
         self.seen += 1
         if len(self.buffer) < self.size:
             self.buffer.append(image)
@@ -74,7 +86,7 @@ class ExperienceReplay(Learner):
 
     def _state(self) -> dict[str, Any]:
         kept = {
-            f"buffer.{index}.{name}": value.clone()
+            f"buffer.{index}.{name}": value.clone() if torch.is_tensor(value) else value
             for index, image in enumerate(self.buffer)
             for name, value in image.items()
         }
@@ -83,11 +95,12 @@ class ExperienceReplay(Learner):
     def _restore(self, state: dict[str, Any]) -> None:
         self.seen = state["seen"]
         self.generator.set_state(state["generator"].cpu())
-        images: dict[int, dict[str, Tensor]] = {}
+        images: dict[int, dict[str, Any]] = {}
         for key, value in state.items():
             if key.startswith("buffer."):
                 _, index, name = key.split(".", 2)
-                images.setdefault(int(index), {})[name] = value.to("cpu", copy=True)
+                kept = value.to("cpu", copy=True) if torch.is_tensor(value) else value
+                images.setdefault(int(index), {})[name] = kept
         if len(images) > self.size:
             raise ValueError(f"state: has {len(images)} images; the buffer's size is {self.size}.")
         self.buffer = [images[index] for index in sorted(images)]
