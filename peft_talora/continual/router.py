@@ -88,7 +88,7 @@ class Router:
         if not 0 < quantile < 1:
             raise ValueError(f"`quantile` is {quantile}; allowed: above 0 and below 1.")
         scores_N = held_out_scores(self.selector, features_ND, labels_N, folds)
-        self.threshold = scores_N.quantile(quantile).item()
+        self.threshold = scores_N.quantile(quantile, interpolation="lower").item()
         return scores_N
 
     def route(self, features_BD: Tensor, how: str = AUTO, domains: Sequence[str] | None = None) -> Routing:

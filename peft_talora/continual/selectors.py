@@ -21,9 +21,10 @@ class DomainSelector(nn.Module, ABC):
 
         score(x) = −(x − m)ᵀ C⁻¹ (x − m) / D
 
-    the Mahalanobis distance (Lee et al., arXiv:1807.03888), for each feature: near −1 for images of known domains, if
-    there are exemplars enough, and far lower for images of no known domain. C is the scatter of exemplars about their
-    own domain's mean, shrunk: see `covariance.py`.
+    minus the square of the Mahalanobis distance (Lee et al., arXiv:1807.03888), for each feature: 0 at best, and far
+    lower for images of no known domain than for others. Its size depends on how much C is shrunk, so a threshold has
+    to come from scores of the same features (see `held_out_scores`). C is the scatter of exemplars about their own
+    domain's mean, shrunk: see `covariance.py`.
 
     Attributes:
         kind: The name by which `make_selector` makes it.
