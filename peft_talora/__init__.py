@@ -1,8 +1,9 @@
 """TA-LoRA for the Segment Anything Model: several dense predictions from one encoder, as a PEFT method.
 
-Importing this package registers the PEFT type `TALORA`.
+Importing this package registers the PEFT types `TALORA` and `BOTTLENECK`.
 """
 
+from .continual import BottleneckConfig, MoDAModel, MoDAOutput, domain_config, load_moda, make_query, save_moda
 from .data import AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes, make_image_processor
 from .hub import load, load_image_processor, push_to_hub, save_adapter
 from .lora import from_loras, to_lora
@@ -20,12 +21,15 @@ __all__ = [
     "KINDS",
     "SMALL_SAM",
     "AugmentedDataset",
+    "BottleneckConfig",
     "Collator",
     "FolderDataset",
     "JointAugmentation",
     "MSamConfig",
     "MSamModel",
     "MSamOutput",
+    "MoDAModel",
+    "MoDAOutput",
     "SyntheticScenes",
     "TALoRAConfig",
     "TALoRAModel",
@@ -33,16 +37,20 @@ __all__ = [
     "__version__",
     "compress",
     "delta_m",
+    "domain_config",
     "draw_predictions",
     "from_loras",
     "load",
     "load_image_processor",
+    "load_moda",
     "make_image_processor",
+    "make_query",
     "make_small_sam",
     "make_task",
     "orthogonality_loss",
     "push_to_hub",
     "save_adapter",
+    "save_moda",
     "save_small_sam",
     "set_task",
     "to_lora",

@@ -360,20 +360,18 @@ def finish(run: Run) -> None:
             known = partial(contestant.answer, route="oracle", domain=domain.name)
             further["oracle"][domain.name] = report.as_figures(run.measure(known, domain.test))
     output_dir = Path(args.output_dir)
-    stored = None
+    own = contestant.own_parameters()
+    stored = [4 * own / len(stream.domains)]  # one adapter of float32 for all domains
     if contestant.moda is not None:
         save_moda(contestant.moda, output_dir / "moda")
-        sizes = [
-            sum(f.stat().st_size for f in (output_dir / "moda/domains" / name).glob("*")) for name in stream.names
-        ]
-        stored = sum(sizes) / len(sizes)
-    own = contestant.own_parameters()
+        folders = [contestant.moda.folder_of(name) for name in stream.names]
+        stored = [sum(file.stat().st_size for file in folder.glob("*")) for folder in folders]
     settings = {
         "method": args.method,
         "adapter": args.adapter,
         "stream": args.stream,
-        "parameters": own,
-        "bytes_per_domain": 4 * own / len(stream.names) if stored is None else stored,
+        "parameters_per_domain": own if contestant.moda is not None else own / len(stream.domains),
+        "bytes_per_domain": sum(stored) / len(stored),
         "seconds": run.progress.seconds,
         "hardware": describe_hardware(args.num_threads),
         "arguments": asdict(args),

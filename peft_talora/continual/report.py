@@ -130,7 +130,9 @@ def table(results: Mapping[str, Any]) -> str:
             lines[-1] += f", as did {100 * routing['natural_to_base']:.1f} % of the natural ones"
         lines[-1] += "."
     lines += ["", f"{results['encoder_passes']:.2f} encoder passes an image, {results['bytes_per_domain']:,.0f} bytes"]
-    lines[-1] += f" and {results['parameters']:,} parameters a domain, {results['seconds']:.0f} s of learning."
+    lines[-1] += (
+        f" and {results['parameters_per_domain']:,.0f} parameters a domain, {results['seconds']:.0f} s of learning."
+    )
     return "\n".join(lines)
 
 
