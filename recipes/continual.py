@@ -65,8 +65,14 @@ class ContinualArguments:
     num_test_images: int = field(default=24, metadata={"help": "Generated test images per domain."})
     resize: str = field(default="stretch", metadata={"help": "'stretch' images to a square, or by 'longest_side'."})
 
-    query: str = field(default="gft_readonly", metadata={"help": "moda: what the router reads."})
-    selector: str = field(default="ridge", metadata={"help": "moda: 'ridge', 'ncm' or 'linear_ce'."})
+    query: str | None = field(
+        default=None,
+        metadata={
+            "help": "moda: what the router reads: 'gft_readonly', 'gft_global', 'mean_block(i)', 'mean_neck'. "
+            "None: the mean of the middle block."
+        },
+    )
+    selector: str = field(default="lda", metadata={"help": "moda: 'lda', 'ridge', 'ncm' or 'linear_ce'."})
     exemplars: int = field(default=10, metadata={"help": "moda: images per domain whose features are kept."})
     fallback_quantile: float | None = field(
         default=0.02, metadata={"help": "moda: share of a domain's images that may fall back to plain SAM. None: off."}
@@ -293,7 +299,12 @@ def batches_left(run: Run, index: int, domain: Domain) -> Iterator[dict]:
         rows = [order[k * size + begin :][:own] for k in range(progress.batch % per_epoch, per_epoch)]
         collate = partial(collate_domain, image_size=run.image_size, resize=args.resize)
         workers = args.dataloader_num_workers
-        for batch in DataLoader(images, batch_sampler=rows, collate_fn=collate, num_workers=workers):
+        # Opening an epoch draws a number: from the global generator, a resumed run would be one draw ahead.
+        own_generator = torch.Generator()
+        loader = DataLoader(
+            images, batch_sampler=rows, collate_fn=collate, num_workers=workers, generator=own_generator
+        )
+        for batch in loader:
             batch = run.prompts({**batch, "step": progress.step}, progress.step)
             yield {key: v.to(accelerator.device) if torch.is_tensor(v) else v for key, v in batch.items()}
 
@@ -301,7 +312,10 @@ def batches_left(run: Run, index: int, domain: Domain) -> Iterator[dict]:
 def plain_batches(args: ContinualArguments, domain: Domain, size: int, device: torch.device) -> Iterator[dict]:
     """A domain's training images, each once and as it is, with the prompts of evaluation."""
     collate = partial(collate_domain, image_size=size, resize=args.resize)
-    for batch in DataLoader(domain.train, args.per_device_train_batch_size, collate_fn=collate):
+    loader = DataLoader(
+        domain.train, args.per_device_train_batch_size, collate_fn=collate, generator=torch.Generator()
+    )
+    for batch in loader:
         batch |= {"prompt": "box", "step": 0}
         yield {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
 

@@ -158,7 +158,8 @@ def test_adapters_above_the_blocks_that_the_query_reads_go_on_from_there():
 
 
 def test_a_query_that_reads_adapted_blocks_reads_the_plain_model():
-    model, images = make_moda(config=upper_lora()), make_images("dark", 2)
+    query = make_query("gft_readonly", make_sam().config.vision_config)
+    model, images = make_moda(config=upper_lora(), query=query), make_images("dark", 2)
     assert passes(model, images)[0].tolist() == [2, 2]
     features = model.describe(images)
     assert torch.equal(features, model.query(make_sam().vision_encoder, images))

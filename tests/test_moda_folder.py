@@ -16,6 +16,7 @@ from peft_talora.continual import moda_folder
 from peft_talora.continual.hq import make_sam_hq
 from peft_talora.continual.kinds import KINDS, domain_config
 from peft_talora.continual.moda_folder import load_moda, save_moda
+from peft_talora.continual.queries import make_query
 
 FRESH = """
 import sys
@@ -154,7 +155,7 @@ def test_a_damaged_domain_is_named_and_the_others_work(damage, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    save_moda(make_moda(), tmp_path)
+    save_moda(make_moda(query=make_query("gft_readonly", make_sam().config.vision_config)), tmp_path)
     with pytest.raises(OSError, match=r"moda.json is missing"):
         load_moda(tmp_path / "domains", make_sam())
     with pytest.raises(ValueError, match=r"`base` is a 'sam_hq'; .*made of the 'sam'"):

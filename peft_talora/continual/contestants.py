@@ -86,8 +86,8 @@ def make_contestant(
     seed: int = 0,
     r: int = 16,
     strength: float | None = None,
-    query: str = "gft_readonly",
-    selector: str = "ridge",
+    query: str | None = None,
+    selector: str = "lda",
     exemplars: int = 10,
     quantile: float | None = None,
 ) -> Contestant:
@@ -102,7 +102,7 @@ def make_contestant(
         seed: Of what learners and selectors draw.
         r: Rank, or width of the bottleneck.
         strength: Of the penalty of LwF, EWC and O-LoRA; images in ER's buffer. None: the learner's own.
-        query: MoDA's, see `make_query`.
+        query: MoDA's, see `make_query`. None: `MoDAModel`'s own.
         selector: MoDA's, see `make_selector`.
         exemplars: MoDA's images per domain whose features are kept.
         quantile: MoDA's way back to the plain model, see `MoDAModel.fit_selector`.
@@ -112,7 +112,8 @@ def make_contestant(
     """
     check_choice(method, adapter)
     if method == MoDA.kind:
-        model = MoDAModel(base, make_query(query, base.config.vision_config, seed), selector, exemplars)
+        reader = None if query is None else make_query(query, base.config.vision_config, seed)
+        model = MoDAModel(base, reader, selector, exemplars)
         make_config = partial(domain_config, adapter, base, r)
         learner = MoDA(model, partial(_predict_learning, model), task_loss, batches, make_config, seed, quantile)
         return Contestant(
