@@ -57,13 +57,12 @@ def check_choice(method: str, adapter: str) -> None:
         raise ValueError(f"`adapter` is {adapter!r}; with 'o-lora' allowed: 'lora'.")
 
 
-def load_base(name: str, adapter: str, image_size: int | None = None) -> PreTrainedModel:
+def load_base(name: str, adapter: str) -> PreTrainedModel:
     """A promptable model from a checkpoint of SAM, or of SAM-HQ.
 
     Args:
         name: Folder, or repository on the Hub.
         adapter: With ``"hq"`` the model is a `SamHQModel`; a SAM gets an untrained branch.
-        image_size: That the encoder's position tables are to be of, in pixels. None: the checkpoint's own.
 
     Raises:
         ValueError: For a checkpoint of another kind, or SAM-HQ's with another adapter.
