@@ -94,6 +94,16 @@ def test_what_is_learnt_goes_on_after_other_domains_were_asked():
     assert any(p.grad is not None and p.grad.any() for p in learning.values())
 
 
+def test_a_domain_that_could_not_be_added_leaves_no_trace():
+    model = MoDAModel(make_sam())
+    with pytest.raises(ValueError, match="bias"):
+        model.add_domain("dark", LoraConfig(target_modules=["qkv"], bias="all"))
+    assert model.domains == []
+    assert model.adapters is None
+    model.add_domain("dark", domain_config("talora", model.base))
+    assert model.domains == ["dark"]
+
+
 def test_removing_a_domain_leaves_the_rest_as_it_was():
     model = make_moda()
     images = make_images("dark", 2)
@@ -124,19 +134,28 @@ def passes(model, images, **route):
     return said, len(blocks) / DEPTH
 
 
-def test_one_pass_serves_query_and_masks_where_adapters_sit_in_the_decoder():
-    model, images = make_moda("decoder"), make_images("dark", 2)
+@pytest.mark.parametrize("query", ["mean_block(1)", "mean_neck", "gft_readonly"])
+@pytest.mark.parametrize("kind", ["decoder", "hq"])
+def test_one_pass_serves_query_and_masks_where_adapters_sit_in_the_decoder(kind, query):
+    query = make_query(query, make_sam().config.vision_config)
+    model, images = make_moda(kind, query=query), make_images("dark", 2)
     said, taken = passes(model, images)
     assert said.tolist() == [1, 1]
     assert taken == 1
-    plain = model.base.vision_encoder(images).last_hidden_state
-    assert torch.equal(model._look(images).embeddings["image_embeddings"], plain)
+    oracle = model(**ask(images), route="oracle", domains=["dark"] * 2)
+    assert torch.equal(model(**ask(images)).pred_masks, oracle.pred_masks)
 
 
-def test_all_blocks_adapted_take_a_pass_more_unless_the_plain_model_is_meant():
-    model, images = make_moda("lora"), make_images("dark", 2)
-    assert passes(model, images)[0].tolist() == [2, 2]
-    assert passes(model, images)[1] == 2
+@pytest.mark.parametrize(("query", "blocks"), [("mean_block(1)", 2), ("gft_readonly", 4), ("gft_global", 4)])
+def test_all_blocks_adapted_take_a_pass_after_the_query_unless_the_plain_model_is_meant(query, blocks):
+    model = make_moda("lora", query=make_query(query, make_sam().config.vision_config))
+    images = make_images("dark", 2)
+    said, taken = passes(model, images)
+    assert said.tolist() == [1 + blocks / DEPTH] * 2
+    if query == "gft_global":  # reads the blocks' parts, not the blocks; there is nothing to go on from
+        assert taken == 1
+        return
+    assert taken == 1 + blocks / DEPTH
     model.router.threshold = 1.0
     said, taken = passes(model, images)
     assert said.tolist() == [1, 1]
@@ -160,7 +179,7 @@ def test_adapters_above_the_blocks_that_the_query_reads_go_on_from_there():
 def test_a_query_that_reads_adapted_blocks_reads_the_plain_model():
     query = make_query("gft_readonly", make_sam().config.vision_config)
     model, images = make_moda(config=upper_lora(), query=query), make_images("dark", 2)
-    assert passes(model, images)[0].tolist() == [2, 2]
+    assert passes(model, images)[0].tolist() == [2, 2]  # all blocks to look, all blocks anew
     features = model.describe(images)
     assert torch.equal(features, model.query(make_sam().vision_encoder, images))
     model.adapters.activate("dark")

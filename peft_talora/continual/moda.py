@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +55,23 @@ class MoDAOutput(ModelOutput):
 
 @dataclass
 class Look:
-    """What the frozen encoder has seen of a batch.
+    """What the plain encoder has seen of a batch, as far as the query reads.
 
     Attributes:
         features: (B, D), for the router.
-        hidden: (B, h, w, width) before block `block`, from where an adapted pass can go on; None: from the images.
-        block: The first block that a domain adapts.
-        embeddings: What a mask decoder takes of the plain encoder, by name; None where it did not run to its end.
-        passes: Through the encoder so far.
+        passes: Through the encoder so far; a part counts by its blocks.
+        blocks: How many blocks `hidden` has been through; 0 where there is nothing to go on from.
+        hidden: (B, h, w, width), what enters the next block.
+        on_the_way: Outputs of the blocks without windows, which SAM-HQ's decoder takes as well.
+        embeddings: (B, C, h, w), if the blocks were all.
     """
 
     features: Tensor
-    hidden: Tensor | None
-    block: int
-    embeddings: dict[str, Any] | None
     passes: float
+    blocks: int = 0
+    hidden: Tensor | None = None
+    on_the_way: list[Tensor] = field(default_factory=list)
+    embeddings: Tensor | None = None
 
 
 class MoDAModel(nn.Module):
@@ -84,8 +86,8 @@ class MoDAModel(nn.Module):
     model(pixel_values, input_boxes=boxes)  # each image by the adapter of its domain
     ```
 
-    One encoder pass serves query and masks where all adapters sit in the decoder, or above the blocks that the query
-    reads; else each image takes one for the query and one with its adapter, which is left out where it needs none.
+    The query reads the plain encoder up to one of its blocks. From there an image goes on with its adapter, or with
+    none, and one pass is all it takes, unless its adapter changes blocks below: then it starts anew.
 
     Args:
         base: `SamModel`, `SamHQModel` or `MSamModel`; its weights are frozen.
@@ -158,9 +160,9 @@ class MoDAModel(nn.Module):
             raise ValueError(
                 f"domain {name!r} is there already; allowed: a name other than {', '.join(self.domains)}."
             )
-        if self.adapters is None:
-            self.adapters = make_adapters(self.base, config)
-        self.adapters.add(name, config)
+        adapters = self.adapters or make_adapters(self.base, config)
+        adapters.add(name, config)
+        self.adapters = adapters
         self._first_blocks[name] = first_adapted_block(self.base, name)
         return self.learn(name)
 
@@ -191,10 +193,10 @@ class MoDAModel(nn.Module):
             self.adapters.unload(name)
         for known in (self._first_blocks, self._folders, self.features, self.damaged):
             known.pop(name, None)
-        if self.router.domains:
-            self.router = Router(self.router.selector)
-            if self.domains:
-                self.fit_selector(self.quantile)
+        fitted = [other for other in self.router.domains if other != name]
+        self.router = Router(self.router.selector)
+        if fitted:
+            self.fit_router(fitted, self.quantile)
 
     def add_exemplars(self, name: str, pixel_values: Tensor) -> None:
         """Keep the features of a domain's images (N, 3, H, W), up to `exemplars` of them, in the order given.
@@ -289,21 +291,17 @@ class MoDAModel(nn.Module):
 
     @torch.no_grad()
     def _look(self, pixel_values: Tensor) -> Look:
-        """The plain encoder's part of a forward, as far as it can serve all domains."""
+        """The plain encoder's part of a forward."""
         encoder = self.base.vision_encoder
-        depth, block = len(encoder.layers), min(self._first_blocks.values(), default=len(encoder.layers))
+        depth, blocks = len(encoder.layers), self.query.stop
         self._plug_in(BASE)
         if self.query.extra_passes or isinstance(self.base, MSamModel):
-            return Look(self.query(encoder, pixel_values), None, block, None, 1.0)
+            return Look(self.query(encoder, pixel_values), blocks / depth)
+        on_the_way: list[Tensor] = []
         with self.query.reading(encoder) as reading:
-            # SAM-HQ's decoder takes what the blocks have on the way: it cannot go on from the middle.
-            if self.query.stop <= block < depth and not isinstance(self.base, SamHQModel):
-                hidden = run_blocks(encoder, embed_patches(encoder, pixel_values), 0, block)
-                embeddings, passes = None, block / depth
-            else:
-                hidden, passes = None, 1.0
-                embeddings = _embeddings(encoder(pixel_values))
-        return Look(reading.features, hidden, block, embeddings, passes)
+            hidden = run_blocks(encoder, embed_patches(encoder, pixel_values), 0, blocks, on_the_way)
+            embeddings = finish(encoder, hidden) if blocks == depth else None
+        return Look(reading.features, blocks / depth, blocks, hidden, on_the_way, embeddings)
 
     def _predict(
         self, name: str, pixel_values: Tensor, look: Look | None, rows: Sequence[int], inputs: Mapping[str, Any]
@@ -315,15 +313,18 @@ class MoDAModel(nn.Module):
             return self.base(_rows(pixel_values, rows, batch), **inputs), 1.0
         encoder = self.base.vision_encoder
         depth = len(encoder.layers)
-        plain = name == BASE or self._first_blocks[name] == depth
-        if look is not None and look.embeddings is not None and plain:
-            embeddings, further = {key: _rows(value, rows, batch) for key, value in look.embeddings.items()}, 0.0
-        elif look is not None and look.hidden is not None:
-            hidden = run_blocks(encoder, _rows(look.hidden, rows, batch), look.block, depth)
-            embeddings, further = {"image_embeddings": finish(encoder, hidden)}, 1 - look.block / depth
+        first = depth if name == BASE else self._first_blocks[name]
+        if look is None or not look.blocks or first < look.blocks:
+            hidden, blocks, on_the_way = embed_patches(encoder, _rows(pixel_values, rows, batch)), 0, []
         else:
-            embeddings, further = _embeddings(encoder(_rows(pixel_values, rows, batch))), 1.0
-        return self.base(**embeddings, **inputs), further
+            hidden, blocks = _rows(look.hidden, rows, batch), look.blocks
+            on_the_way = [_rows(output, rows, batch) for output in look.on_the_way]
+        if blocks == depth:
+            embeddings = _rows(look.embeddings, rows, batch)
+        else:
+            embeddings = finish(encoder, run_blocks(encoder, hidden, blocks, depth, on_the_way))
+        taken = {"intermediate_embeddings": on_the_way} if isinstance(self.base, SamHQModel) else {}
+        return self.base(image_embeddings=embeddings, **taken, **inputs), 1 - blocks / depth
 
     # --- adapters in memory and on disk ---
 
@@ -391,18 +392,8 @@ class MoDAModel(nn.Module):
             warnings.warn(f"Domain {name!r} is out of use, its images go to the plain model: {damage}", stacklevel=3)
 
 
-def _embeddings(output: ModelOutput) -> dict[str, Any]:
-    """What a mask decoder takes of an encoder's output, by the model's own argument names."""
-    embeddings = {"image_embeddings": output.last_hidden_state}
-    if "intermediate_embeddings" in output:  # SAM-HQ's
-        embeddings["intermediate_embeddings"] = output.intermediate_embeddings
-    return embeddings
-
-
 def _rows(value: Any, rows: Sequence[int], batch: int) -> Any:
-    """The rows of a tensor of the batch, or of each of several; all rows are the tensor itself."""
-    if isinstance(value, (list, tuple)):
-        return [_rows(item, rows, batch) for item in value]
+    """The rows of a tensor of the batch; all rows are the tensor itself, as is what is no tensor."""
     if not torch.is_tensor(value) or len(rows) == batch:
         return value
     return value[list(rows)]
