@@ -66,7 +66,7 @@ def test_blocks_that_are_not_there_are_refused(sam, images, start, stop):
         (0, LoraConfig(target_modules=["layers.3.attn.qkv"], modules_to_save=["patch_embed"])),
         (3, LoraConfig(target_modules=["layers.3.attn.qkv", "neck.conv1"])),
         (1, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["vision_encoder.layers.1"])),
-        (BLOCKS, LoraConfig(target_modules=["vision_encoder.neck.conv1"])),
+        (BLOCKS - 1, LoraConfig(target_modules=["vision_encoder.neck.conv1"])),
         (BLOCKS, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["mask_decoder"])),
     ],
 )

@@ -176,6 +176,16 @@ def test_adapters_above_the_blocks_that_the_query_reads_go_on_from_there():
     torch.testing.assert_close(model(**ask(images)).pred_masks, model(**ask(images), route="base").pred_masks)
 
 
+@pytest.mark.parametrize("query", ["mean_block(1)", "mean_neck"])
+def test_an_adapted_neck_is_not_passed_by(query):
+    query = make_query(query, make_sam().config.vision_config)
+    model = make_moda(config=LoraConfig(r=4, target_modules=["vision_encoder.neck.conv1"]), query=query)
+    images = make_images("dark", 2)
+    auto, oracle = model(**ask(images)), model(**ask(images), route="oracle", domains=["dark"] * 2)
+    assert torch.equal(auto.pred_masks, oracle.pred_masks)
+    assert (auto.pred_masks - model(**ask(images), route="base").pred_masks).abs().max() > 1e-3
+
+
 def test_a_query_that_reads_adapted_blocks_reads_the_plain_model():
     query = make_query("gft_readonly", make_sam().config.vision_config)
     model, images = make_moda(config=upper_lora(), query=query), make_images("dark", 2)
