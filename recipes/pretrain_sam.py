@@ -202,6 +202,13 @@ def compared_folders(args: PretrainArguments) -> dict[str, str]:
     return folders
 
 
+def describe_compared(args: PretrainArguments) -> dict[str, dict]:
+    """How the compared checkpoints that this recipe has made were trained, by name."""
+    reports = {name: Path(folder) / "pretraining.json" for name, folder in compared_folders(args).items()}
+    trained = {name: json.loads(file.read_text())["training"] for name, file in reports.items() if file.is_file()}
+    return {name: {key: own[key] for key in ("data", "images", "minutes")} for name, own in trained.items()}
+
+
 def held_out(args: PretrainArguments) -> dict[str, Dataset]:
     """The sets of images to measure on."""
     sets = {kind: make_scenes(kind, "test", args.test_images, args.image_size) for kind in ("objects", "rooms")}
@@ -324,6 +331,7 @@ def report(args: PretrainArguments, accelerator: Accelerator, model: SamModel, p
     model = model.half().float().eval()  # as it will be read again
     results = {
         "figures": measure(args, model, accelerator.device),
+        "compared": describe_compared(args),
         "training": {
             "data": args.data,
             "images": progress.images,
@@ -357,7 +365,11 @@ def measure_again(args: PretrainArguments) -> None:
     accelerator = Accelerator()
     engine.set_threads(args, accelerator)
     model = SamModel.from_pretrained(args.measure, dtype=torch.float32).eval()
-    results = {"figures": measure(args, model, accelerator.device), "training": training}
+    results = {
+        "figures": measure(args, model, accelerator.device),
+        "compared": describe_compared(args),
+        "training": training,
+    }
     with files.write_aside(args.measure) as aside:
         write_results(aside, results)
     print(f"pretraining.json and the card in {args.measure} have these figures now.")
@@ -421,7 +433,7 @@ without downloads, not a replacement for Meta's SAM. `recipes/pretrain_sam.py` o
   precision {mixed_precision}, seed {seed}.
 - **Cost**: {minutes:.0f} minutes on {hardware}.
 - **Stored** in half precision; the configuration has it read as float32.
-
+{compared}
 Mean IoU on held-out images, of masks of at least 1/256 of the image; a box is the mask's own, a click its innermost
 point:
 
@@ -432,7 +444,13 @@ point:
 def card(results: dict) -> str:
     """The model card."""
     training = results["training"]
+    compared = [
+        f"- **Compared**: {name!r} is the same network trained on {own['images']:,} images ({own['data']}) in "
+        f"{own['minutes']:.0f} minutes.\n"
+        for name, own in results["compared"].items()
+    ]
     return CARD.format(
+        compared="".join(compared),
         **{**training["arguments"], **training},
         millions=training["parameters"] / 1e6,
         batch=training["arguments"]["per_device_train_batch_size"],

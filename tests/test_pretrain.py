@@ -328,6 +328,7 @@ def test_a_finished_run_is_measured_again_beside_others(finished, monkeypatch, t
         alone.mkdir(exist_ok=True)
         shutil.copyfile(file, alone / file.name)
     make_small_sam(64, seed=3).save_pretrained(other)
+    (other / "pretraining.json").write_text('{"training": {"data": "rooms", "images": 1234, "minutes": 5.4}}')
     before = json.loads((alone / "pretraining.json").read_text())
     call_main(monkeypatch, "--measure", str(alone), "--compare", f"other={other}", "--test_images", "1")
     after = json.loads((alone / "pretraining.json").read_text())
@@ -335,7 +336,9 @@ def test_a_finished_run_is_measured_again_beside_others(finished, monkeypatch, t
     assert (alone / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert after["training"] == before["training"]
     assert list(after["figures"]["objects"]) == ["pre-trained", "untrained", "other", "box filled"]
-    assert "| other |" in (alone / "README.md").read_text()
+    card = (alone / "README.md").read_text()
+    assert "| other |" in card
+    assert "'other' is the same network trained on 1,234 images (rooms) in 5 minutes" in card
 
 
 def test_only_what_the_recipe_has_finished_is_measured_again(monkeypatch, tmp_path):
