@@ -110,7 +110,6 @@ class Run:
     contestant: Contestant
     image_size: int
     prompts: TrainingPrompts
-    task_loss: PointLoss
     progress: checkpoint.Progress  # `epoch` counts domains that are learnt, `batch` the steps in the one under way
     resumed_from: Path | None = None
 
@@ -205,7 +204,6 @@ def build(args: ContinualArguments, accelerator: Accelerator) -> Run:
         contestant=contestant,
         image_size=size,
         prompts=TrainingPrompts(args.prompts, args.seed),
-        task_loss=task_loss,
         progress=checkpoint.Progress(tasks=[], arguments=arguments),
     )
     accelerator.register_save_state_pre_hook(partial(save_learner, run))

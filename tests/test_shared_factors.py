@@ -245,12 +245,17 @@ class TestRefusals:
         adapters = fresh(own)
         adapters.load_shared(saved / "shared")
         adapters.load("pits", saved / "pits")
+        return adapters
 
     def edit(self, file, **values):
         file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
     def test_what_is_saved_can_be_loaded(self, saved):
-        self.load(saved)
+        adapters, own = self.load(saved), load_file(saved / "pits" / "row.safetensors")
+        assert adapters.resident() == ["pits"]
+        parameters = adapters.own_parameters("pits")
+        assert own.keys() == parameters.keys()
+        assert all(torch.equal(own[key], parameter) for key, parameter in parameters.items())
 
     @pytest.mark.parametrize("name", ["shared/shared_factors.json", "pits/row.json"])
     def test_unknown_versions(self, saved, name):
