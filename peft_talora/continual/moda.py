@@ -28,7 +28,7 @@ from .adapters import DomainAdapters
 from .encoder import embed_patches, finish, first_adapted_block, run_blocks
 from .kinds import make_adapters
 from .queries import DomainQuery, make_query
-from .router import AUTO, BASE, Router, Routing, check_domain_name
+from .router import AUTO, BASE, Router, Routing, check_route_name
 from .selectors import make_selector
 
 
@@ -155,7 +155,7 @@ class MoDAModel(nn.Module):
         Raises:
             ValueError: For a name that is taken or not allowed, or a kind of adapter that the others do not have.
         """
-        check_domain_name(name)
+        check_route_name(name)
         if name in self.domains:
             raise ValueError(
                 f"domain {name!r} is there already; allowed: a name other than {', '.join(self.domains)}."

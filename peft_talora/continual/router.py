@@ -124,7 +124,7 @@ class Router:
         return Routing(names, scores_B)
 
 
-def check_domain_name(name: str) -> None:
+def check_route_name(name: str) -> None:
     """Raise ValueError unless `name` is an identifier and none of `ROUTES`."""
     if not name.isidentifier() or name in ROUTES:
         raise ValueError(f"domain {name!r}: allowed is an identifier that is none of {', '.join(ROUTES)}.")
@@ -132,7 +132,7 @@ def check_domain_name(name: str) -> None:
 
 def _checked(domains: Sequence[str]) -> list[str]:
     for name in domains:
-        check_domain_name(name)
+        check_route_name(name)
     if len({*domains}) < len(domains):
         raise ValueError(f"`domains` are {list(domains)}; allowed: each name once.")
     return list(domains)
