@@ -59,6 +59,10 @@ class ContinualArguments:
     )
     base: str = field(default=small_sam.SMALL_SAM, metadata={"help": "SAM checkpoint, Hub id or folder."})
     stream: str = field(default="generated", metadata={"help": "'generated', 'cosam', or a YAML file of folders."})
+    domains: list[str] | None = field(
+        default=None, metadata={"help": "Of the stream's, those to learn, in this order. None: all, in its own order."}
+    )
+    measure_on: str = field(default="test", metadata={"help": "Images: 'test', or 'val' to choose settings by."})
     data_root: str | None = field(default=None, metadata={"help": "cosam: folder of the data sets."})
     manifests: str = field(default="manifests", metadata={"help": "cosam: folder of what prepare.py wrote."})
     num_images: int = field(default=80, metadata={"help": "Generated images per domain; a fifth validates."})
@@ -122,8 +126,12 @@ class Run:
         train, val, test = (ConcatDataset([getattr(d, part) for d in domains]) for part in ("train", "val", "test"))
         return [Domain("all", train, val, test)]
 
+    def to_measure(self, domain: Domain) -> Dataset:
+        """The images of a domain that scores are of."""
+        return getattr(domain, self.args.measure_on)
+
     def measure(self, answer, images: Dataset, prompt: str = "box") -> Measured:
-        """Figures of a set of test images."""
+        """Figures of a set of images."""
         learner, args = self.contestant.learner, self.args
         learner.model.eval()
         return measure(
@@ -161,6 +169,8 @@ def check(args: ContinualArguments) -> None:
             raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
     if args.resume_from_checkpoint not in (None, "latest"):
         raise ValueError(f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}; allowed: 'latest'.")
+    if args.measure_on not in ("test", "val"):
+        raise ValueError(f"`measure_on` is {args.measure_on!r}; allowed: 'test', 'val'.")
     if args.stream == "cosam" and args.data_root is None:
         raise ValueError("`data_root` is None; with the stream 'cosam' it is the folder of the data sets.")
     if len(args.scales) != 2:
@@ -170,10 +180,12 @@ def check(args: ContinualArguments) -> None:
 def open_stream(args: ContinualArguments, size: int) -> Stream:
     """The images."""
     if args.stream == "generated":
-        return generated_stream(args.num_images, args.num_test_images, args.num_test_images, size, args.seed)
-    if args.stream == "cosam":
-        return manifest_stream(args.manifests, args.data_root, args.seed)
-    return folder_stream(args.stream, args.seed)
+        stream = generated_stream(args.num_images, args.num_test_images, args.num_test_images, size, args.seed)
+    elif args.stream == "cosam":
+        stream = manifest_stream(args.manifests, args.data_root, args.seed)
+    else:
+        stream = folder_stream(args.stream, args.seed)
+    return stream if args.domains is None else stream.select(args.domains)
 
 
 def build(args: ContinualArguments, accelerator: Accelerator) -> Run:
@@ -327,13 +339,13 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
 
 
 def measure_stage(run: Run, name: str, answer) -> dict:
-    """Figures of all domains' test images, and of the natural ones; only the main process measures."""
+    """Figures of all domains' images, and of the natural ones, all of which test; only the main process measures."""
     stage = {"stage": name, "domains": {}, "natural": None}
     if not run.accelerator.is_main_process:
         return stage
     for domain in run.stream.domains:
-        stage["domains"][domain.name] = report.as_figures(run.measure(answer, domain.test))
-    if run.stream.natural is not None:
+        stage["domains"][domain.name] = report.as_figures(run.measure(answer, run.to_measure(domain)))
+    if run.stream.natural is not None and run.args.measure_on == "test":
         stage["natural"] = report.as_figures(run.measure(answer, run.stream.natural))
     return stage
 
@@ -366,11 +378,11 @@ def finish(run: Run) -> None:
     args, stream, contestant = run.args, run.stream, run.contestant
     further = {"no_prompt": {}, "oracle": {}}
     for domain in stream.domains:
-        measured = run.measure(contestant.answer, domain.test, prompt="none")
+        measured = run.measure(contestant.answer, run.to_measure(domain), prompt="none")
         further["no_prompt"][domain.name] = report.as_figures(measured)
         if contestant.moda is not None:
             known = partial(contestant.answer, route="oracle", domain=domain.name)
-            further["oracle"][domain.name] = report.as_figures(run.measure(known, domain.test))
+            further["oracle"][domain.name] = report.as_figures(run.measure(known, run.to_measure(domain)))
     output_dir = Path(args.output_dir)
     own = contestant.own_parameters()
     stored = [4 * own / len(stream.domains)]  # one adapter of float32 for all domains

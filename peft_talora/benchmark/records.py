@@ -89,7 +89,7 @@ def read_record(file: Path) -> Record:
 def check_record(file: Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, if a file records a run of other arguments than are wanted."""
     found = read_record(file).arguments
-    if differing := _differing({name: found.get(name) for name in wanted}, wanted):
+    if differing := describe_differing({name: found.get(name) for name in wanted}, wanted):
         raise ValueError(
             f"{file} is of a run with {differing}: give the same arguments, or another `output_dir`, or move it away."
         )
@@ -105,10 +105,10 @@ def read_comparable(files: Sequence[Path]) -> list[Record]:
     records = [read_record(file) for file in files]
     first: dict[str, Record] = {}
     for file, record in zip(files, records, strict=True):
-        if differing := _differing(record.settings, records[0].settings):
+        if differing := describe_differing(record.settings, records[0].settings):
             raise ValueError(f"{file} and {files[0]} are not comparable: {differing}.")
         same = first.setdefault(record.name, record)
-        if differing := _differing({**record.arguments, "seed": same.seed}, same.arguments):
+        if differing := describe_differing({**record.arguments, "seed": same.seed}, same.arguments):
             raise ValueError(f"{file} is of a run with {differing}, as another seed of {record.name!r} has.")
     return records
 
@@ -121,7 +121,7 @@ def by_name(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
     return table
 
 
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def describe_differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """`name=value (not value)` of what differs, or nothing."""
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     return ", ".join(f"{name}={found.get(name)!r} (not {wanted.get(name)!r})" for name in names)

@@ -4,7 +4,7 @@ All their datasets hold samples ``{"image": float32 (3, H, W) in [0, 1], "masks"
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,13 @@ class Stream:
     def names(self) -> list[str]:
         """Names of the domains, in their order."""
         return [domain.name for domain in self.domains]
+
+    def select(self, names: Sequence[str]) -> "Stream":
+        """The stream of some of the domains, in the order given. Raises ValueError for an unknown one."""
+        known = {domain.name: domain for domain in self.domains}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"domains {unknown!r} are unknown; allowed: {', '.join(known)}")
+        return replace(self, domains=tuple(known[name] for name in names))
 
 
 def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
