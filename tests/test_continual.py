@@ -57,7 +57,7 @@ def run(monkeypatch, folder: Path, stream: Path, base: str, **changes) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     flags = {"output_dir": folder, "stream": stream, "base": base, **FLAGS, **changes}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() for word in (f"--{name}", *str(value).split())]
     monkeypatch.setattr(sys, "argv", [RECIPE, *words])
     continual.main()
     return json.loads((folder / "results.json").read_text())
@@ -107,6 +107,19 @@ def test_the_model_that_a_run_leaves_gives_its_figures_again(stream, sam_folder,
     stored = sum(file.stat().st_size for folder in folders for file in folder.iterdir()) / len(DOMAINS)
     assert results["bytes_per_domain"] == pytest.approx(stored)
     assert results["parameters_per_domain"] == sum(p.numel() for p in model.learn("pits").values())
+
+
+def test_settings_are_chosen_on_validation_images_of_the_domains_named(stream, sam_folder, tmp_path, monkeypatch):
+    """The order is the given one, the scores are those of the validation images, and natural images only test."""
+    names = ["polyps", "pits"]
+    results = run(monkeypatch, tmp_path, stream, sam_folder, domains=" ".join(names), measure_on="val")
+    assert results["domains"] == results["stages"] == names
+    own, routing = results["matrix"]["iou"], results["routing"]
+    assert len(own["R"]) == 2
+    assert "natural" not in own
+    assert routing["natural_to_base"] is None
+    assert [sum(row) for row in routing["counts"]] == [1, 1]  # a fifth of five images validates
+    assert (tmp_path / "results.md").exists()
 
 
 class Killed(Exception):
@@ -166,6 +179,8 @@ def test_other_arguments_are_not_resumed(stream, sam_folder, tmp_path, monkeypat
         ({"method": "o-lora", "adapter": "decoder"}, "with 'o-lora' allowed: 'lora'"),
         ({"adapter": "wings"}, "'wings'"),
         ({"strength": 1, "method": "sequential"}, "`strength` is 1.0; with 'sequential' allowed: none"),
+        ({"measure_on": "train"}, "`measure_on` is 'train'; allowed: 'test', 'val'"),
+        ({"domains": "pits ferns"}, r"domains \['ferns'\] are unknown; allowed: pits, polyps, rails"),
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0; allowed: 1 or more"),
         ({"prompts": "songs"}, r"prompts are \['songs'\]; allowed"),
         ({"query": "mean_block(9)"}, "mean_block"),

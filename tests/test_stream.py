@@ -88,6 +88,18 @@ def test_what_is_kept_in_memory_is_what_was_drawn():
     assert len(kept) == 2
 
 
+def test_some_domains_in_another_order():
+    stream = generated_stream(train=2, test=1, natural=1, size=32)
+    chosen = stream.select(["polyps", "pits"])
+    assert chosen.names == ["polyps", "pits"]
+    assert chosen.domains[1] is stream.domains[0]
+    assert chosen.natural is stream.natural
+    with pytest.raises(ValueError, match=r"\['ferns'\] are unknown; allowed: pits, rails"):
+        stream.select(["pits", "ferns"])
+    with pytest.raises(ValueError, match="allowed: one or more"):
+        stream.select([])
+
+
 def test_names_are_distinct():
     domain = Domain("a", [], [], [])
     with pytest.raises(ValueError, match=r"domains are \['a', 'a'\]"):
