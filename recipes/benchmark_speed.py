@@ -11,10 +11,6 @@ process's, and the allocator keeps what it has: pages that are mapped anew cost 
 """
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,13 +24,22 @@ from torch import nn
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from peft_talora import TALoRAConfig
+from peft_talora.benchmark.timing import (
+    keep_memory,
+    last_line_of,
+    median,
+    peak_on_accelerator,
+    percentiles,
+    resident_peak,
+    seconds_of,
+    time_in_turns,
+)
 from peft_talora.files import write_aside, write_json
 from peft_talora.tuner import TALoRALayer
 
 NUM_TASKS = 4
 LINEARS = ["qkv", "proj", "lin1", "lin2"]
 WIDTHS = {"base": (768, 12), "large": (1024, 16)}
-MIB = 2**20
 
 
 @dataclass
@@ -181,20 +186,9 @@ class Bench:
     def peak(self, name: str) -> float:
         """Peak memory of one call above what there was before it, MiB."""
         if self.device.type != "cpu":
-            run = self.build(name)
-            run()
-            torch.accelerator.reset_peak_memory_stats()
-            before = torch.accelerator.memory_allocated()
-            run()
-            torch.accelerator.synchronize()
-            return (torch.accelerator.max_memory_allocated() - before) / MIB
-        # Every tensor in pages of its own, returned when it is freed, so that resident memory is what lives.
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        env.pop("MALLOC_MMAP_MAX_", None)
+            return peak_on_accelerator(self.build(name))
         flags = [part for key in _SHAPE for part in (f"--{key}", str(getattr(self.args, key)))]
-        command = [sys.executable, __file__, "--peak_of", name, *flags]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        return float(result.stdout.split()[-1])
+        return float(last_line_of(__file__, ["--peak_of", name, *flags]))
 
     def compare(self, names: list[str], tolerance: float | None) -> dict[str, tuple[float, list[float]]]:
         """Time of every variant as a ratio to the first one's, with its range; equal results asserted first.
@@ -211,27 +205,12 @@ class Bench:
                     if not error <= tolerance:
                         raise RuntimeError(f"{name} differs from {next(iter(results))} by {error:.1e} of the largest")
         runs["again"] = runs[names[0]]
-        seconds = {name: [] for name in runs}
-        for _ in range(self.args.rounds + 2):
-            for name, run in runs.items():
-                seconds[name].append(self._seconds(run))
-        taken = {name: np.array(values[2:]) for name, values in seconds.items()}
+        taken = time_in_turns(runs, self.args.rounds, self.device)
         ratios = {name: values / taken[names[0]] for name, values in taken.items()}
-        found = {name: (_median(values), _range(values)) for name, values in ratios.items()}
+        found = {name: (median(values), percentiles(values)) for name, values in ratios.items()}
         for name, (value, bounds) in found.items():
             print(f"  {name:<34}{value:6.3f}  {bounds[0]:.3f}-{bounds[1]:.3f}  {np.median(taken[name]):8.3f} s")
         return found
-
-    def _seconds(self, run: Callable) -> float:
-        if self.device.type == "cpu":
-            begun = time.process_time()
-            run()
-            return time.process_time() - begun
-        torch.accelerator.synchronize()
-        begun = time.perf_counter()
-        run()
-        torch.accelerator.synchronize()
-        return time.perf_counter() - begun
 
 
 _SHAPE = ("size", "num_layers", "image_size", "inference_image_size", "layer_image_size", "dtype", "r", "num_threads")
@@ -357,14 +336,6 @@ def _no_grad(run: Callable) -> Callable:
     return torch.no_grad()(run)
 
 
-def _median(values: np.ndarray) -> float:
-    return round(float(np.median(values)), 4)
-
-
-def _range(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in np.percentile(values, [10, 90])]
-
-
 def _figure(found: tuple[float, list[float]], goal: str, setup: str, **also) -> dict:
     return {"value": found[0], "range": found[1], "goal": goal, "setup": setup, **also}
 
@@ -478,13 +449,13 @@ def sweep(bench: Bench) -> dict:
         kinds = ("talora", "talora-sequential", "lora-sequential")
         for kind in kinds:
             run = bench.build(f"step/{kind}/{tasks}")
-            seconds = [bench._seconds(run) for _ in range(bench.args.rounds + 2)][2:]
+            seconds = [seconds_of(run, bench.device) for _ in range(bench.args.rounds + 2)][2:]
             rows.append(
                 {
                     "tasks": tasks,
                     "variant": kind,
                     "images_per_second": round(1 / float(np.median(seconds)), 3),
-                    "range": _range(1 / np.array(seconds)),
+                    "range": percentiles(1 / np.array(seconds)),
                     "peak_mib": round(bench.peak(f"step/{kind}/{tasks}"), 1),
                 }
             )
@@ -508,21 +479,6 @@ def _setup(bench: Bench, what: str) -> str:
     return f"{what}; {shape}; {bench.device}, torch {torch.__version__}, peft {peft.__version__}"
 
 
-def print_peak(bench: Bench) -> None:
-    """What a child process does: one variant, its peak resident memory over one call."""
-    run = bench.build(bench.args.peak_of)
-    run()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from now
-    before = _status("VmRSS")
-    run()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
-
-
 def main() -> None:
     """Measure what was asked for; figures measured before stay in the file."""
     (args,) = transformers.HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()
@@ -530,11 +486,9 @@ def main() -> None:
     if unknown or args.size not in WIDTHS:
         raise ValueError(f"only={args.only}: allowed are {list(FIGURES)}; size={args.size}: {list(WIDTHS)}.")
     if args.peak_of:
-        print_peak(Bench(args))
+        print(resident_peak(Bench(args).build(args.peak_of)))  # in a process of its own, see Bench.peak
         return
-    if "MALLOC_MMAP_MAX_" not in os.environ:  # the allocator reads it at the start of a process
-        os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    keep_memory()
     bench = Bench(args)
     output = Path(args.output)
     figures = json.loads(output.read_text()) if output.exists() else {}
