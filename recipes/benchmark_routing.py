@@ -58,9 +58,7 @@ class RoutingArguments:
     base: str = field(default=SMALL_SAM, metadata={"help": "queries, many: SAM checkpoint."})
 
     queries: list[str] = field(
-        default_factory=lambda: (
-            ["gft_readonly", "gft_global", "mean_block(2)", "mean_block(3)", "mean_block(5)"] + ["mean_neck"]
-        ),
+        default_factory=lambda: ["gft_readonly", "gft_global", *(f"mean_block({i})" for i in (2, 3, 5)), "mean_neck"],
         metadata={"help": "queries: what is compared."},
     )
     selectors: list[str] = field(
@@ -406,8 +404,8 @@ def _queries_table(found: dict) -> str:
     lines = [
         f"## {len(found['domains'])} domains: {', '.join(found['domains'])}",
         "",
-        f"{settings['exemplars']} exemplars of each; means over {settings['draws']} draws of exemplars (and of tokens) "
-        "with the least and the largest. Natural images are of no domain; they, and the false alarms, went to the plain "
+        f"{settings['exemplars']} exemplars of each; means over {settings['draws']} draws of exemplars, and of tokens, "
+        "with the least and the largest. Natural images are of no domain; these, and false alarms, went to the plain "
         f"model by the threshold for {100 * settings['quantile']:g} % of known images. In percent.",
         "",
         "| query | selector | accuracy | false alarms | natural to plain |",
