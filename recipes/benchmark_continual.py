@@ -43,7 +43,7 @@ class ComparisonArguments:
     base: str | None = field(default=None, metadata={"help": "SAM checkpoint, as in continual.py."})
     num_images: int = field(default=80, metadata={"help": "Of a domain; a fifth validates."})
     num_test_images: int = field(default=24, metadata={"help": "Of a domain."})
-    num_train_epochs: int = field(default=4, metadata={"help": "Of a domain."})
+    num_train_epochs: int = field(default=3, metadata={"help": "Of a domain."})
     tuning_domains: list[str] = field(
         default_factory=lambda: ["pits", "textures", "bottles", "polyps"],
         metadata={"help": "Those on which settings are chosen."},

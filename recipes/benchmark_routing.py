@@ -262,15 +262,15 @@ class Passes:
             "lora": lambda: LoraConfig(r=16, target_modules=BLOCK_LINEARS),
             "upper": lambda: LoraConfig(r=16, target_modules=upper),
         }
-        model.add_domain("a", configs[adapted]())
+        model.add_domain("known", configs[adapted]())
         model.end_learning()
-        model.features["a"] = torch.randn(10, model.query.width)
+        model.features["known"] = torch.randn(10, model.query.width)
         model.fit_selector()
 
         @torch.no_grad()
         def run() -> float:
             output = model(images, **asked)
-            assert output.domains == ["a"]
+            assert output.domains == ["known"]
             return output.encoder_passes.item()
 
         return run
@@ -404,7 +404,7 @@ def _queries_table(found: dict) -> str:
     lines = [
         f"## {len(found['domains'])} domains: {', '.join(found['domains'])}",
         "",
-        f"{settings['exemplars']} exemplars of each; means over {settings['draws']} draws of exemplars, and of tokens, "
+        f"{settings['exemplars']} exemplars of each; means over {settings['draws']} draws of exemplars and of tokens, "
         "with the least and the largest. Natural images are of no domain; these, and false alarms, went to the plain "
         f"model by the threshold for {100 * settings['quantile']:g} % of known images. In percent.",
         "",

@@ -83,7 +83,7 @@ class ContinualArguments:
     )
 
     seed: int = field(default=0, metadata={"help": "Of adapters, images, their order, prompts and points."})
-    num_train_epochs: int = field(default=5, metadata={"help": "Passes over each domain's training images."})
+    num_train_epochs: int = field(default=3, metadata={"help": "Passes over each domain's training images."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW in every domain."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Decoupled weight decay."})
