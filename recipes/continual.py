@@ -91,7 +91,8 @@ class ContinualArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
     points: int = field(default=2048, metadata={"help": "Points of each mask at which the loss is taken."})
     prompts: list[str] = field(
-        default_factory=lambda: ["box", "points"], metadata={"help": "To train with: of 'box', 'points', 'none'."}
+        default_factory=lambda: ["box", "points"],
+        metadata={"help": "To train with: of 'box', 'points', 'mask', 'none'."},
     )
     scales: list[float] = field(
         default_factory=lambda: [0.7, 1.5], metadata={"help": "Scale jitter, least and largest; CoSAM: 0.1 and 2."}
@@ -215,7 +216,7 @@ def build(args: ContinualArguments, accelerator: Accelerator) -> Run:
         stream=open_stream(args, size),
         contestant=contestant,
         image_size=size,
-        prompts=TrainingPrompts(args.prompts, args.seed),
+        prompts=TrainingPrompts(args.prompts, args.seed, 4 * base.config.prompt_encoder_config.image_embedding_size),
         progress=checkpoint.Progress(tasks=[], arguments=arguments),
     )
     accelerator.register_save_state_pre_hook(partial(save_learner, run))

@@ -106,20 +106,20 @@ def scored(scores, monkeypatch) -> list[dict]:
 
 
 def test_settings_are_chosen_by_validation_and_searched_beyond_the_border(tmp_path, monkeypatch):
-    """EWC's best rate lies twice beyond the grid, its best strength inside; MoDA diverges at the highest rate."""
+    """EWC's best rate lies beyond the grid, its best strength inside; MoDA diverges at the highest rate."""
 
     def scores(arguments):
         rate, strength = arguments["learning_rate"], arguments.get("strength", 1000)
         if arguments["method"] == "moda":
             return None if rate > 1e-3 else 50 - abs(math.log10(rate / 1e-3))
-        return 50 - abs(math.log10(rate / 3e-2)) - abs(math.log10(strength / 1e3))
+        return 50 - abs(math.log10(rate / 1e-2)) - abs(math.log10(strength / 1e3))
 
     asked = scored(scores, monkeypatch)
     made = make_comparison(tmp_path)
     tune(made, [3e-4, 1e-3, 3e-3])
     found = json.loads(made.choices_file.read_text())
     assert found["chosen"]["moda/lora"]["settings"] == {"learning_rate": 1e-3}
-    assert found["chosen"]["ewc/lora"]["settings"] == {"learning_rate": 3e-2, "strength": 1e3}
+    assert found["chosen"]["ewc/lora"]["settings"] == {"learning_rate": 1e-2, "strength": 1e3}
     assert found["chosen"]["moda/lora"]["at_border"] == []
     assert found["chosen"]["ewc/lora"]["at_border"] == ["learning_rate"]
     assert {a["seed"] for a in asked} == {comparison.TUNING_SEED}

@@ -21,7 +21,7 @@ from ..benchmark.records import describe_differing, describe_hardware, describe_
 from ..files import write_aside, write_json
 
 TUNING_SEED = 100  # of the choice of settings; no table has a run with it
-WIDENINGS = 2  # of what is tried of a setting, each by one
+WIDENINGS = 1  # of what is tried of a setting, by one value each
 DIVERGED = "FloatingPointError"  # what continual.py raises where gradients are not finite
 
 STRENGTHS = {"lwf": (0.3, 1.0, 3.0), "ewc": (1e2, 1e3, 1e4), "o-lora": (0.05, 0.5, 5.0)}
