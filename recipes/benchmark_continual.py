@@ -38,7 +38,7 @@ class ComparisonArguments:
     seeds: int = field(default=3, metadata={"help": "Runs of each."})
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": f"Of {', '.join(STAGES)}."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "To choose from."}
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "To choose from."}
     )
     base: str | None = field(default=None, metadata={"help": "SAM checkpoint, as in continual.py."})
     num_images: int = field(default=80, metadata={"help": "Of a domain; a fifth validates."})
