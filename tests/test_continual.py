@@ -1,7 +1,9 @@
 """The recipe over a stream: what it leaves, that a kill changes nothing, and what it refuses."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import SamModel
 
 from peft_talora.continual import load_moda
@@ -156,6 +159,35 @@ def test_a_kill_in_mid_stream_changes_nothing(method, adapter, steps, stream, sa
         resume_from_checkpoint="latest",
     )
     assert figures(resumed) == figures(whole)
+
+
+def test_two_processes_learn_what_one_does_of_as_many_images(stream, sam_folder, tmp_path, monkeypatch):
+    """Points of the loss are drawn by each process, so the updates are alike and not equal."""
+    # The loss is taken at nearly all points, so that the draw decides little.
+    flags = {"domains": "pits rails", "prompts": "box", "points": 4096, "learning_rate": 1e-3, "num_train_epochs": 3}
+    one = run(monkeypatch, tmp_path / "one", stream, sam_folder, **flags)
+    flags = {**FLAGS, **flags, "per_device_train_batch_size": 1, "stream": stream, "base": sam_folder}
+    words = [word for name, value in flags.items() for word in (f"--{name}", *str(value).split())]
+    # torchrun would take `--r` for one of its own, if it were not for the dashes.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", RECIPE]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, *words, "--output_dir", tmp_path / "two"], env=environment, check=True, timeout=240)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["stages"] == one["stages"] == ["pits", "rails"]
+    progress = [
+        json.loads(next((tmp_path / folder).glob("checkpoint-*/progress.json")).read_text())
+        for folder in ("one", "two")
+    ]
+    assert [p["arguments"]["num_processes"] for p in progress] == [1, 2]
+    for name in two["stages"]:
+        updates = [learnt(tmp_path / folder / "moda" / "domains" / name) for folder in ("one", "two")]
+        assert torch.cosine_similarity(*updates, dim=0) > 0.9
+
+
+def learnt(folder: Path) -> torch.Tensor:
+    """What a LoRA has learnt: its second factors, which start as zeros."""
+    (file,) = folder.glob("*.safetensors")
+    return torch.cat([value.flatten() for key, value in sorted(load_file(file).items()) if "lora_B" in key])
 
 
 def test_other_arguments_are_not_resumed(stream, sam_folder, tmp_path, monkeypatch):
