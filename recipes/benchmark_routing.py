@@ -58,7 +58,10 @@ class RoutingArguments:
     base: str = field(default=SMALL_SAM, metadata={"help": "queries, many: SAM checkpoint."})
 
     queries: list[str] = field(
-        default_factory=lambda: ["gft_readonly", "gft_global", *(f"mean_block({i})" for i in (2, 3, 5)), "mean_neck"],
+        default_factory=lambda: [
+            *("gft_readonly", "gft_global", "mean_block(2)", "mean_block(3)", "mean_block(5)", "mean_neck"),
+            *("std_block(3)", "std_block(5)"),
+        ],
         metadata={"help": "queries: what is compared."},
     )
     selectors: list[str] = field(
@@ -217,11 +220,12 @@ def summary(draws: list[dict]) -> dict:
 
 VARIANTS = {
     "plain": (None, None),
-    "mean of the middle block, decoder": ("mean", "decoder"),
+    "the last block, decoder": ("std_block({last})", "decoder"),
     "gft_readonly, decoder": ("gft_readonly", "decoder"),
     "gft_global, decoder": ("gft_global", "decoder"),
-    "mean of the middle block, LoRA above it": ("mean", "upper"),
-    "mean of the middle block, LoRA": ("mean", "lora"),
+    "a block in the middle, LoRA above it": ("mean_block({middle})", "upper"),
+    "a block in the middle, LoRA": ("mean_block({middle})", "lora"),
+    "the last block, LoRA": ("std_block({last})", "lora"),
     "gft_readonly, LoRA": ("gft_readonly", "lora"),
     "gft_global, LoRA": ("gft_global", "lora"),
 }
@@ -255,7 +259,8 @@ class Passes:
         asked = {"input_boxes": torch.tensor([[[0.2, 0.2, 0.7, 0.8]]]).to(self.device) * size}
         if query is None:
             return torch.no_grad()(lambda: (base(images, **asked), 1)[1])
-        model = MoDAModel(base, None if query == "mean" else make_query(query, base.config.vision_config))
+        kind = query.format(middle=layers // 2, last=layers - 1)
+        model = MoDAModel(base, make_query(kind, base.config.vision_config))
         upper = UPPER.format("|".join(map(str, range(layers // 2 + 1, layers))))
         configs = {
             "decoder": lambda: domain_config("decoder", base),

@@ -72,8 +72,8 @@ class ContinualArguments:
     query: str | None = field(
         default=None,
         metadata={
-            "help": "moda: what the router reads: 'gft_readonly', 'gft_global', 'mean_block(i)', 'mean_neck'. "
-            "None: the mean of the middle block."
+            "help": "moda: what the router reads: 'gft_readonly', 'gft_global', 'mean_block(i)', 'std_block(i)', "
+            "'mean_neck'. None: the standard deviation over the last block's grid."
         },
     )
     selector: str = field(default="lda", metadata={"help": "moda: 'lda', 'ridge', 'ncm' or 'linear_ce'."})

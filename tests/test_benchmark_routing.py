@@ -54,11 +54,12 @@ def test_passes_of_every_variant():
     passes = routing.Passes(SimpleNamespace(num_layers=4, image_size=64))
     assert {name: passes.build(name)() for name in routing.VARIANTS} == {
         "plain": 1,
-        "mean of the middle block, decoder": 1,
+        "the last block, decoder": 1,
         "gft_readonly, decoder": 1,
         "gft_global, decoder": 2,
-        "mean of the middle block, LoRA above it": 1,
-        "mean of the middle block, LoRA": 1.75,
+        "a block in the middle, LoRA above it": 1,
+        "a block in the middle, LoRA": 1.75,
+        "the last block, LoRA": 2,
         "gft_readonly, LoRA": 2,
         "gft_global, LoRA": 2,
     }

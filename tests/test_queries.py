@@ -14,7 +14,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 from peft_talora.continual.encoder import embed_patches, finish, run_blocks
 from peft_talora.continual.queries import ASSISTANTS, make_query
 
-ALONG = ["gft_readonly", "mean_block(0)", "mean_block(2)", "mean_neck"]
+ALONG = ["gft_readonly", "mean_block(0)", "mean_block(2)", "std_block(3)", "mean_neck"]
 KINDS = [*ALONG, "gft_global"]
 LINEARS = ["qkv", "proj", "lin1", "lin2"]
 
@@ -186,10 +186,12 @@ def test_the_pass_of_its_own_is_full_attention(sam, images):
 
 
 @torch.no_grad()
-def test_means(sam, images):
+def test_means_and_deviations(sam, images):
     encoder = sam.vision_encoder
     hidden = run_blocks(encoder, embed_patches(encoder, images), 0, 2)
     assert_close(query_of(encoder, "mean_block(1)")(encoder, images), hidden.flatten(1, 2).sum(1) / 64)
+    away = hidden.flatten(1, 2) - hidden.flatten(1, 2).mean(1, keepdim=True)
+    assert_close(query_of(encoder, "std_block(1)")(encoder, images), (away.square().sum(1) / 64).sqrt())
     embedding = encoder(images).last_hidden_state
     assert_close(query_of(encoder, "mean_neck")(encoder, images), embedding.flatten(2).sum(2) / 64)
 
@@ -329,6 +331,7 @@ def test_half_precision_and_sam_hq(images, kind):
         ("mean_block(-1)", None, "`kind` is"),
         ("mean_block(4)", None, r"allowed: mean_block\(0\) to mean_block\(3\)"),
         ("mean_block(2)", 2, r"allowed: mean_block\(0\) to mean_block\(1\)"),
+        ("std_block(4)", None, r"allowed: std_block\(0\) to std_block\(3\)"),
         ("mean_neck", 3, "reads all 4 blocks"),
         ("gft_readonly", 0, "`stop` is 0; allowed: 1 to 4"),
         ("gft_global", 5, "`stop` is 5; allowed: 1 to 4"),

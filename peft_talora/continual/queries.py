@@ -224,12 +224,15 @@ class GlobalPass(DomainQuery):
         raise RuntimeError(f"the query {self.kind!r} needs a pass of its own; call it with the images.")
 
 
-class MeanFeatures(DomainQuery):
-    """The mean over the grid of what a block or the neck gives: the controls of the tokens, which have to beat them.
+class GridStatistic(DomainQuery):
+    """The mean or the standard deviation over the grid of what a block or the neck gives, channel by channel.
+
+    The mean says what there is in an image; the deviation, how much of it changes from place to place. They are also
+    the controls of the tokens, which have to beat them.
 
     Args:
-        kind: ``"mean_neck"`` or ``"mean_block(i)"``.
-        width: Channels of what is averaged.
+        kind: ``"mean_neck"``, ``"mean_block(i)"`` or ``"std_block(i)"``.
+        width: Channels of what is pooled.
         stop: i + 1 for block i; all blocks for the neck.
     """
 
@@ -237,7 +240,7 @@ class MeanFeatures(DomainQuery):
 
     def __init__(self, kind: str, width: int, stop: int):
         super().__init__(kind, width, stop)
-        self.of_neck = kind == "mean_neck"
+        self.of_neck, self.of_spread = kind == "mean_neck", kind.startswith("std")
 
     def forward(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
         """The features (B, D) of images."""
@@ -250,26 +253,27 @@ class MeanFeatures(DomainQuery):
     @contextmanager
     def reading(self, encoder: nn.Module):
         """Read along; see `DomainQuery.reading`."""
-        mean = _MeanReading(self.kind, grid_axes=(2, 3) if self.of_neck else (1, 2))
-        handle = (encoder.neck if self.of_neck else encoder.layers[self.stop - 1]).register_forward_hook(mean.take)
+        pooled = _PooledReading(self.kind, (2, 3) if self.of_neck else (1, 2), self.of_spread)
+        handle = (encoder.neck if self.of_neck else encoder.layers[self.stop - 1]).register_forward_hook(pooled.take)
         try:
-            yield mean
+            yield pooled
         finally:
             handle.remove()
 
 
-class _MeanReading:
-    def __init__(self, kind: str, grid_axes: tuple[int, int]):
-        self.kind, self.grid_axes, self.mean = kind, grid_axes, None
+class _PooledReading:
+    def __init__(self, kind: str, grid_axes: tuple[int, int], of_spread: bool):
+        self.kind, self.grid_axes, self.of_spread, self.pooled = kind, grid_axes, of_spread, None
 
     @property
     def features(self) -> Tensor:
-        if self.mean is None:
+        if self.pooled is None:
             raise RuntimeError(f"the query {self.kind!r} has seen nothing: the encoder has not run that far.")
-        return self.mean
+        return self.pooled
 
     def take(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        self.mean = output.detach().float().mean(self.grid_axes)
+        grid = output.detach().float()
+        self.pooled = grid.std(self.grid_axes, correction=0) if self.of_spread else grid.mean(self.grid_axes)
 
 
 def make_query(kind: str, vision_config, seed: int = 0, stop: int | None = None) -> DomainQuery:
@@ -278,18 +282,20 @@ def make_query(kind: str, vision_config, seed: int = 0, stop: int | None = None)
     ===================  =============================================================================================
     ``gft_readonly``     `GlobalFeatureToken`: one token with nine assistants that read along
     ``gft_global``       `GlobalPass`: the same tokens in a pass of their own, as the released code has them
-    ``mean_block(i)``    `MeanFeatures` of block i, counted from 0
-    ``mean_neck``        `MeanFeatures` of the image embedding
+    ``mean_block(i)``    `GridStatistic`: the mean of block i, counted from 0
+    ``std_block(i)``     `GridStatistic`: the standard deviation of block i
+    ``mean_neck``        `GridStatistic`: the mean of the image embedding
     ===================  =============================================================================================
 
     Args:
         kind: One of the table.
         vision_config: Of the encoder: `SamVisionConfig` or `SamHQVisionConfig`.
         seed: Of the tokens.
-        stop: How many blocks may be read; None: all. A mean takes what it takes, so there it is only checked.
+        stop: How many blocks may be read; None: all. A `GridStatistic` takes what it takes, so there it is only
+            checked.
 
     Raises:
-        ValueError: For an unknown kind, a `stop` outside 1 … number of blocks, or a mean that lies beyond it.
+        ValueError: For an unknown kind, a `stop` outside 1 … number of blocks, or a statistic that lies beyond it.
     """
     blocks = vision_config.num_hidden_layers
     limit = blocks if stop is None else stop
@@ -302,12 +308,14 @@ def make_query(kind: str, vision_config, seed: int = 0, stop: int | None = None)
     if kind == "mean_neck":
         if limit < blocks:
             raise ValueError(f"`stop` is {stop}; 'mean_neck' reads all {blocks} blocks.")
-        return MeanFeatures(kind, vision_config.output_channels, blocks)
-    if block := re.fullmatch(r"mean_block\((\d+)\)", kind):
-        if int(block[1]) >= limit:
-            raise ValueError(f"`kind` is {kind!r}; allowed: mean_block(0) to mean_block({limit - 1}).")
-        return MeanFeatures(kind, vision_config.hidden_size, int(block[1]) + 1)
-    raise ValueError(f"`kind` is {kind!r}; allowed: 'gft_readonly', 'gft_global', 'mean_block(i)', 'mean_neck'.")
+        return GridStatistic(kind, vision_config.output_channels, blocks)
+    if block := re.fullmatch(r"(mean|std)_block\((\d+)\)", kind):
+        if int(block[2]) >= limit:
+            raise ValueError(f"`kind` is {kind!r}; allowed: {block[1]}_block(0) to {block[1]}_block({limit - 1}).")
+        return GridStatistic(kind, vision_config.hidden_size, int(block[2]) + 1)
+    raise ValueError(
+        f"`kind` is {kind!r}; allowed: 'gft_readonly', 'gft_global', 'mean_block(i)', 'std_block(i)', 'mean_neck'."
+    )
 
 
 def _draw_tokens(width: int, seed: int) -> nn.Parameter:
