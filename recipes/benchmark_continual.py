@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from peft_talora import engine
-from peft_talora.continual.comparison import TUNING_SEED, Comparison, make_table, run_seeds, to_markdown, tune
+from peft_talora.benchmark.comparison import TUNING_SEED, Comparison, make_table, run_seeds, to_markdown, tune
 from peft_talora.continual.contestants import METHODS, check_choice
 from peft_talora.continual.kinds import KINDS
 from peft_talora.continual.pictures import draw_course

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from peft_talora.benchmark import comparison
+from peft_talora.benchmark.comparison import Comparison, Wanted, make_table, run_missing, run_seeds, to_markdown, tune
 from peft_talora.benchmark.intervals import t_quantile
-from peft_talora.continual import comparison
-from peft_talora.continual.comparison import Comparison, Wanted, make_table, run_missing, run_seeds, to_markdown, tune
 
 ROOT = Path(__file__).parent.parent
 TINY = {"num_images": 5, "num_test_images": 1, "num_train_epochs": 1, "points": 16, "exemplars": 2}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import small_sam
-from ..benchmark.intervals import mean_interval
-from ..benchmark.jobs import Job, run_jobs
-from ..benchmark.records import describe_differing, describe_hardware, describe_weights
 from ..files import write_aside, write_json
+from .intervals import mean_interval
+from .jobs import Job, run_jobs
+from .records import describe_differing, describe_hardware, describe_weights
 
 TUNING_SEED = 100  # of the choice of settings; no table has a run with it
 WIDENINGS = 1  # of what is tried of a setting, by one value each
