@@ -30,7 +30,7 @@ from peft_talora import checkpoint, engine, files, small_sam
 from peft_talora.benchmark.records import describe_hardware
 from peft_talora.continual import report
 from peft_talora.continual.batches import DomainAugmentation, collate_domain
-from peft_talora.continual.contestants import Contestant, check_choice, load_base, make_contestant
+from peft_talora.continual.contestants import Contestant, check_choice, default_rate, load_base, make_contestant
 from peft_talora.continual.mask_loss import PointLoss
 from peft_talora.continual.measuring import Measured, measure
 from peft_talora.continual.moda_folder import save_moda
@@ -85,7 +85,9 @@ class ContinualArguments:
     seed: int = field(default=0, metadata={"help": "Of adapters, images, their order, prompts and points."})
     num_train_epochs: int = field(default=3, metadata={"help": "Passes over each domain's training images."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per step and process."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW in every domain."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of AdamW in every domain. None: the method's."}
+    )
     weight_decay: float = field(default=1e-6, metadata={"help": "Decoupled weight decay."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of a domain's steps with a rising rate."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
@@ -150,6 +152,8 @@ def main() -> None:
     """One run."""
     args = engine.parse_arguments(ContinualArguments)
     check(args)
+    if args.learning_rate is None:
+        args.learning_rate = default_rate(args.method, args.adapter)
     accelerator = Accelerator()
     engine.set_threads(args, accelerator)
     set_seed(args.seed)

@@ -1,12 +1,15 @@
 """What a recipe trains and asks, by the names of a method and of a kind of adapter."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_sam
 from moda_cases import ask, make_images
 from transformers import SamHQModel, SamVisionModel
 
-from peft_talora.continual.contestants import METHODS, load_base, make_contestant
+from peft_talora.continual.contestants import METHODS, default_rate, load_base, make_contestant
 from peft_talora.continual.hq import HQMaskDecoder, make_sam_hq
 
 
@@ -64,3 +67,10 @@ def test_bases_are_read_as_the_adapter_needs_them(sam_folder, tmp_path):
     SamVisionModel(make_sam().config.vision_config).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match="is a 'sam_vision_model'; allowed"):
         load_base(str(tmp_path / "vision"), "lora")
+
+
+def test_rates_are_those_that_were_chosen_for_the_published_table():
+    """The project's own settings, which `recipes/benchmark_continual.py` chose on validation images."""
+    file = Path(__file__).parent.parent / "docs" / "results" / "cosam-generated-settings.json"
+    for entry, found in json.loads(file.read_text())["chosen"].items():
+        assert default_rate(*entry.split("/")) == found["settings"]["learning_rate"], entry

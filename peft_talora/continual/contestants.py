@@ -57,6 +57,16 @@ def check_choice(method: str, adapter: str) -> None:
         raise ValueError(f"`adapter` is {adapter!r}; with 'o-lora' allowed: 'lora'.")
 
 
+def default_rate(method: str, adapter: str) -> float:
+    """Where to start tuning the learning rate, for AdamW: the best one on the generated stream's validation images.
+
+    `recipes/benchmark_continual.py` found them, for all methods with LoRA and for MoDA with all kinds of adapters.
+    """
+    if adapter == "decoder":
+        return 1e-3
+    return {"moda": 1e-2, "lwf": 3e-4}.get(method, 3e-3)
+
+
 def load_base(name: str, adapter: str) -> PreTrainedModel:
     """A promptable model from a checkpoint of SAM, or of SAM-HQ.
 
