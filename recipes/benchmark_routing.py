@@ -166,8 +166,9 @@ def compare_queries(args: RoutingArguments) -> dict:
                 found[selector].append(route_all(args, names, selector, draw, *pools))
             print(f"{kind}: draw {draw + 1} of {args.draws}", flush=True)
         rows[kind] = {selector: summary(draws) for selector, draws in found.items()}
-    shared = ("base", "num_images", "num_test_images", "exemplars", "draws", "quantile")
-    return {"domains": names, "settings": {name: getattr(args, name) for name in shared}, "rows": rows}
+    shared = ("num_images", "num_test_images", "exemplars", "draws", "quantile")
+    settings = {"base": Path(args.base).name, **{name: getattr(args, name) for name in shared}}
+    return {"domains": names, "settings": settings, "rows": rows}
 
 
 def described_by(encoder: torch.nn.Module, kind: str, seed: int) -> Callable[[Pool], Tensor]:
@@ -353,7 +354,7 @@ def compare_numbers(args: RoutingArguments) -> dict:
     return {
         "bytes_of_a_domain": [min(stored), max(stored)],
         "parameters_of_a_domain": own,
-        "settings": {"exemplars": args.exemplars, "num_threads": args.num_threads, "base": args.base},
+        "settings": {"exemplars": args.exemplars, "num_threads": args.num_threads, "base": Path(args.base).name},
         "rows": rows,
     }
 
