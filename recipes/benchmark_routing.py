@@ -330,10 +330,9 @@ def compare_numbers(args: RoutingArguments) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         base = SamModel.from_pretrained(args.base)
         size = base.config.vision_config.image_size
-        # By its mean a stripe's direction is told best; what the domains are does not matter here.
-        query = make_query(
-            f"mean_block({base.config.vision_config.num_hidden_layers // 2})", base.config.vision_config
-        )
+        # By a mean a stripe's direction is told best; what the domains are does not matter here.
+        vision = base.config.vision_config
+        query = make_query(f"mean_block({vision.num_hidden_layers // 2})", vision)
         model, stored = MoDAModel(base, query, exemplars=args.exemplars), []
         torch.manual_seed(0)
         for number in range(max(args.domains)):
