@@ -221,8 +221,8 @@ def _check_states(checkpoint: Path, num_processes: int) -> None:
         check_safetensors(file)
     # Accelerate goes on without random states that it cannot read, so the run would silently become another one.
     names = {f"random_states_{process}.pkl" for process in range(num_processes)}
-    # There is a file for each optimiser and scheduler: one that is missing is named by Accelerate.
-    names |= {file.name for pattern in ("*.bin", "*.pt") for file in checkpoint.glob(pattern)}
+    # There is a file for each optimiser, scheduler and weighting: one that is missing is named by Accelerate.
+    names |= {file.name for pattern in ("*.bin", "*.pt", "custom_*.pkl") for file in checkpoint.glob(pattern)}
     for file in (checkpoint / name for name in sorted(names)):
         try:
             load_state_file(file, map_location="cpu")

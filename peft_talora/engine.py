@@ -320,6 +320,32 @@ def keep_active(*_: Any) -> None:
     """Nothing needs to be switched before an encoder pass: the model itself knows its tasks."""
 
 
+def count_labels(
+    accelerator: Accelerator, tasks: Sequence[Task], batches: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """The labelled pixels (K,) of a step by task, as `Task.count`: of all its batches and of all processes."""
+    device = accelerator.device
+    own = {
+        task.name: sum(task.count(batch["labels"][task.name].to(device)) for batch in batches).to(torch.float64)
+        for task in tasks
+    }
+    if accelerator.num_processes == 1:
+        return own
+    # In one tensor: a process waits for the others once.
+    whole = accelerator.reduce(torch.cat(list(own.values())), "sum")
+    return dict(zip(own, whole.split([len(counts) for counts in own.values()]), strict=True))
+
+
+def counts_of_part(accelerator: Accelerator, counts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The counts by which each batch's losses become parts of the step's; None where the step is one batch.
+
+    Gradients are averaged over the processes, and Accelerate divides every loss by the number of accumulated batches:
+    the counts are smaller by both, so that what comes out is the sum of the parts.
+    """
+    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    return None if parts == 1 else {name: value / parts for name, value in counts.items()}
+
+
 def backward(
     accelerator: Accelerator,
     model: nn.Module,
@@ -328,6 +354,7 @@ def backward(
     weights: Mapping[str, float],
     regularizer: Callable[[], torch.Tensor] | None = None,
     activate: Activate = keep_active,
+    label_counts: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of all tasks of a batch: the gradients of the weighted sum of their losses.
 
@@ -342,6 +369,7 @@ def backward(
         weights: Of the losses, by task.
         regularizer: Gives a scalar that is added to the losses once, whatever the order.
         activate: Called with the tasks of each pass before it.
+        label_counts: As `counts_of_part` gives them.
 
     Returns:
         Each task's loss, detached, without its weight.
@@ -354,6 +382,7 @@ def backward(
             pixel_values=batch["pixel_values"],
             tasks=group,
             labels={name: batch["labels"][name] for name in group},
+            label_counts=label_counts,
             original_sizes=batch["original_sizes"],
         )
         # With the last loss, in its one backward: several processes average the gradients of each backward once.

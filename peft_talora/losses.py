@@ -4,6 +4,10 @@ Axes: B images, C channels, H W pixels.
 
 A batch without any labelled pixel gives exactly 0 with zero gradient, so that a batch may hold labels of some tasks
 only. What an unlabelled pixel holds (NaN, inf) never matters. Losses are computed in float32 or wider.
+
+Where a batch is cut into parts, a mean of the parts' means is not the mean of the whole: pixels of a part with few
+labels would weigh more. So a loss takes `counts`, the labelled pixels of the whole batch, as `count_*` gives them of
+its labels; then what it returns of each part adds up to the loss of the whole.
 """
 
 from collections.abc import Collection
@@ -60,12 +64,34 @@ def unit_vectors(vectors_B3HW: Tensor) -> Tensor:
     return vectors_B3HW * vectors_B3HW.square().sum(1, keepdim=True).clamp(min=1e-12).rsqrt()
 
 
-def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
+def count_classes(labels_BHW: Tensor) -> Tensor:
+    """Labelled pixels, (1,), int64: what `cross_entropy` is a mean over."""
+    return (labels_BHW != IGNORE_INDEX).sum()[None]
+
+
+def count_depth(labels_BHW: Tensor) -> Tensor:
+    """Pixels of known depth, (1,), int64: what `masked_l1` is a mean over."""
+    return has_depth(labels_BHW).sum()[None]
+
+
+def count_normals(labels_B3HW: Tensor) -> Tensor:
+    """Pixels of known normal, (1,), int64: what `cosine_loss` is a mean over."""
+    return has_normal(labels_B3HW).sum()[None]
+
+
+def count_both_classes(labels_BHW: Tensor) -> Tensor:
+    """Pixels of class 1, and of class 0, (2,), int64: what `balanced_bce` takes means over."""
+    positive_BHW = labels_BHW == 1
+    return torch.stack([positive_BHW.sum(), ((labels_BHW != IGNORE_INDEX) & ~positive_BHW).sum()])
+
+
+def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor, counts: Tensor | None = None) -> Tensor:
     """Softmax cross-entropy of class labels, in nats.
 
     Args:
         logits_BCHW: one channel per class.
         labels_BHW: int64 class ids, `IGNORE_INDEX` where unknown.
+        counts: `count_classes` of the whole batch; None: this is it.
 
     Returns:
         A scalar.
@@ -75,15 +101,16 @@ def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
     """
     _check_class_ids(labels_BHW, logits_BCHW.shape[1])
     total = F.cross_entropy(_wide(logits_BCHW), labels_BHW, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (labels_BHW != IGNORE_INDEX).sum().clamp(min=1)
+    return _over(total, count_classes(labels_BHW) if counts is None else counts)
 
 
-def masked_l1(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
+def masked_l1(logits_B1HW: Tensor, labels_BHW: Tensor, counts: Tensor | None = None) -> Tensor:
     """Absolute error of depth, in metres (as in MTAN, arXiv:1803.10704).
 
     Args:
         logits_B1HW: predicted depth in metres.
         labels_BHW: depth in metres; a pixel counts where it is finite and above 0.
+        counts: `count_depth` of the whole batch; None: this is it.
 
     Returns:
         A scalar.
@@ -91,15 +118,16 @@ def masked_l1(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
     check_shapes(logits_B1HW, labels_BHW, channels=(1,))
     valid_BHW = has_depth(labels_BHW)
     error_BHW = (_wide(logits_B1HW)[:, 0] - labels_BHW.where(valid_BHW, 0)).abs()
-    return _mean_where(valid_BHW, error_BHW)
+    return _mean_where(valid_BHW, error_BHW, counts)
 
 
-def cosine_loss(logits_B3HW: Tensor, labels_B3HW: Tensor) -> Tensor:
+def cosine_loss(logits_B3HW: Tensor, labels_B3HW: Tensor, counts: Tensor | None = None) -> Tensor:
     """1 − cosine of the angle between predicted and true normal, from 0 to 2 (arXiv:1411.4734, section 4.2).
 
     Args:
         logits_B3HW: predicted normals of any length; here they are divided by it.
         labels_B3HW: unit vectors; a pixel counts where its vector is finite and not 0.
+        counts: `count_normals` of the whole batch; None: this is it.
 
     Returns:
         A scalar.
@@ -107,10 +135,10 @@ def cosine_loss(logits_B3HW: Tensor, labels_B3HW: Tensor) -> Tensor:
     check_shapes(logits_B3HW, labels_B3HW, channels=(3,), label_channels=3)
     valid_BHW = has_normal(labels_B3HW)
     cosine_BHW = (unit_vectors(logits_B3HW) * labels_B3HW.where(valid_BHW.unsqueeze(1), 0)).sum(1)
-    return _mean_where(valid_BHW, 1 - cosine_BHW)
+    return _mean_where(valid_BHW, 1 - cosine_BHW, counts)
 
 
-def balanced_bce(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
+def balanced_bce(logits_B1HW: Tensor, labels_BHW: Tensor, counts: Tensor | None = None) -> Tensor:
     """Binary cross-entropy in which both classes weigh the same however rare one is, in nats.
 
     As in HED (arXiv:1504.06375, equation 2) a positive pixel weighs the share of negatives in the batch and a negative
@@ -123,6 +151,7 @@ def balanced_bce(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
     Args:
         logits_B1HW: logit of p, the probability of class 1.
         labels_BHW: int64 in {0, 1, `IGNORE_INDEX`}.
+        counts: `count_both_classes` of the whole batch; None: this is it.
 
     Returns:
         A scalar.
@@ -136,8 +165,9 @@ def balanced_bce(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
     positive_BHW = labels_BHW == 1
     negative_BHW = (labels_BHW != IGNORE_INDEX) & ~positive_BHW
     loss_BHW = F.binary_cross_entropy_with_logits(logits_BHW, positive_BHW.to(logits_BHW.dtype), reduction="none")
-    classes = positive_BHW.any().long() + negative_BHW.any()
-    return (_mean_where(positive_BHW, loss_BHW) + _mean_where(negative_BHW, loss_BHW)) / classes.clamp(min=1)
+    counts = count_both_classes(labels_BHW) if counts is None else counts
+    means = _mean_where(positive_BHW, loss_BHW, counts[:1]) + _mean_where(negative_BHW, loss_BHW, counts[1:])
+    return means / (counts > 0).sum().clamp(min=1)
 
 
 def focal_loss(logits_NHW: Tensor, targets_NHW: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -189,6 +219,12 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _mean_where(valid: Tensor, values: Tensor) -> Tensor:
-    """Mean over the valid pixels; 0 without any."""
-    return values.where(valid, 0).sum() / valid.sum().clamp(min=1)
+def _mean_where(valid: Tensor, values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Sum over the valid pixels over their number, or over the (1,) `counts`; 0 without any."""
+    return _over(values.where(valid, 0).sum(), valid.sum()[None] if counts is None else counts)
+
+
+def _over(total: Tensor, counts: Tensor) -> Tensor:
+    """A sum over its (1,) count; 0 where there is nothing to sum."""
+    count = counts[0].to(total.dtype)
+    return total / count.where(count > 0, 1)

@@ -15,6 +15,10 @@ from .losses import (
     balanced_bce,
     class_ids,
     cosine_loss,
+    count_both_classes,
+    count_classes,
+    count_depth,
+    count_normals,
     cross_entropy,
     foreground_probability,
     masked_l1,
@@ -75,18 +79,22 @@ class Task:
         label_dtype: of the labels.
         ignored_label: what a pixel without label holds, in every channel.
         find_wrong: label and C → which pixels (H, W) hold a wrong value, and in words which values are allowed.
+        counts: labels → how many pixels (K,) the loss takes its means over. With it, `loss` takes those of a whole
+            batch as its third argument, and what it gives of parts adds up. None: a part's loss is weighed by its
+            labelled pixels.
     """
 
     name: str
     kind: str
     out_channels: int
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     metric: Callable[[], Metric] = field(compare=False)  # a partial differs from its own copy
     decode: Callable[[Tensor], Tensor]
     label_channels: int = 0
     label_dtype: torch.dtype = torch.int64
     ignored_label: float = IGNORE_INDEX
     find_wrong: Callable[[Tensor, int], tuple[Tensor, str]] = check_class_ids
+    counts: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
         check_task_name(self.name)
@@ -101,6 +109,23 @@ class Task:
         """Say which pixels are labelled: boolean (…, H, W) from (…, H, W), or from (…, 3, H, W) for vectors."""
         labels = labels if self.label_channels else labels.unsqueeze(-3)
         return (labels != self.ignored_label).any(-3) & labels.isfinite().all(-3)
+
+    def count(self, labels: Tensor) -> Tensor:
+        """How many labelled pixels (K,) there are, by what the loss takes means over."""
+        return self.has_label(labels).sum()[None] if self.counts is None else self.counts(labels)
+
+    def loss_of_part(self, logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+        """What a part of a batch adds to the loss of the whole.
+
+        Args:
+            logits: (B, C, H, W) of the part.
+            labels: of the part.
+            counts: (K,) of the whole, as `count` gives them, on the same device.
+        """
+        if self.counts is not None:
+            return self.loss(logits, labels, counts)
+        share = self.count(labels)[0] / counts[0].where(counts[0] > 0, 1)
+        return self.loss(logits, labels) * share
 
     def check_label(self, label: Tensor, size: tuple[int, int], source: str) -> None:
         """Raise ValueError, naming `source` (a file), unless `label` is one of this task and of `size` in pixels."""
@@ -126,7 +151,8 @@ def decode_metres(logits_B1HW: Tensor) -> Tensor:
 def make_segmentation(name: str, channels: int) -> Task:
     """Semantic segmentation into `channels` classes."""
     _require(channels, 2, IGNORE_INDEX, name, "segmentation")
-    return Task(name, "segmentation", channels, cross_entropy, partial(SegmentationMetric, channels), class_ids)
+    metric = partial(SegmentationMetric, channels)
+    return Task(name, "segmentation", channels, cross_entropy, metric, class_ids, counts=count_classes)
 
 
 def make_depth(name: str, channels: int) -> Task:
@@ -142,6 +168,7 @@ def make_depth(name: str, channels: int) -> Task:
         label_dtype=torch.float32,
         ignored_label=0.0,
         find_wrong=check_metres,
+        counts=count_depth,
     )
 
 
@@ -159,26 +186,28 @@ def make_normals(name: str, channels: int) -> Task:
         label_dtype=torch.float32,
         ignored_label=0.0,
         find_wrong=check_unit_vectors,
+        counts=count_normals,
     )
 
 
 def make_edges(name: str, channels: int) -> Task:
     """Edges: class 1."""
     _require(channels, 1, 1, name, "edges")
-    return Task(name, "edges", channels, balanced_bce, EdgesMetric, foreground_probability)
+    return Task(name, "edges", channels, balanced_bce, EdgesMetric, foreground_probability, counts=count_both_classes)
 
 
 def make_saliency(name: str, channels: int) -> Task:
     """What stands out: class 1, from 1 channel (sigmoid) or 2 (softmax)."""
     _require(channels, 1, 2, name, "saliency")
-    loss = balanced_bce if channels == 1 else cross_entropy
-    return Task(name, "saliency", channels, loss, SaliencyMetric, foreground_probability)
+    loss, counts = (balanced_bce, count_both_classes) if channels == 1 else (cross_entropy, count_classes)
+    return Task(name, "saliency", channels, loss, SaliencyMetric, foreground_probability, counts=counts)
 
 
 def make_parts(name: str, channels: int) -> Task:
     """Parts of people or objects, `channels` classes with the background."""
     _require(channels, 2, IGNORE_INDEX, name, "parts")
-    return Task(name, "parts", channels, cross_entropy, partial(PartsMetric, channels), class_ids)
+    metric = partial(PartsMetric, channels)
+    return Task(name, "parts", channels, cross_entropy, metric, class_ids, counts=count_classes)
 
 
 KINDS: dict[str, Callable[[str, int], Task]] = {

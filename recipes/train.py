@@ -12,7 +12,6 @@ methods with an adapter per task, `lora-stl`, `full-stl` and `mtlora`, have a fo
 import json
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
 from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
+from peft_talora.balancing import Balancer
 from peft_talora.methods import AdapterArguments, Method, find_method
+from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, make_weighting
+
+PLAIN = ("equal", "fixed")  # weightings under which each task can have optimiser steps of its own
 
 
 @dataclass
@@ -47,6 +50,13 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     loss_weights: list[str] = field(
         default_factory=list,
         metadata={"help": "Weights of the tasks' losses as name=weight. Others: 4 of normals (the paper's), 1."},
+    )
+    weighting: str = field(
+        default="fixed",
+        metadata={
+            "help": f"Of the tasks against each other: {', '.join(WEIGHTINGS)}. 'fixed' is by `loss_weights`, "
+            "by which the checkpoint is chosen whatever the weighting."
+        },
     )
     decoder_mode: str = field(default="channel", metadata={"help": "Heads: 'channel' (the paper's) or 'token'."})
     normalize: bool = field(default=True, metadata={"help": "Subtract SAM's mean colour and divide by its deviation."})
@@ -99,6 +109,7 @@ class Run:
     collator: data.Collator
     weights: dict[str, float]  # of the losses, by task
     passes: dict  # keywords of training step and evaluation: the order of tasks, and what is switched before each
+    balancers: dict[tuple[str, ...], Balancer]  # by the tasks of an optimiser step
     total_steps: int
     progress: checkpoint.Progress
 
@@ -115,7 +126,7 @@ def main() -> None:
     if args.learning_rate is None:
         args.learning_rate = method.learning_rate
     if args.updates is None:
-        args.updates = method.updates[0]
+        args.updates = method.updates[0] if args.weighting in PLAIN else "joint"
     check_arguments(args, method)
     if method.alone is None:
         train_one(args)
@@ -197,7 +208,6 @@ def train(run: Run) -> None:
 def train_epoch(run: Run, bar: tqdm) -> None:
     """One pass over the training images, or over what is left of it."""
     args, progress, accelerator = run.args, run.progress, run.accelerator
-    regularizer = run.method.regularizer(run.model, args)
     run.train_set.set_epoch(progress.epoch)
     batches = accelerator.skip_first_batches(run.loader, progress.batch)
     batches.set_epoch(progress.epoch)
@@ -207,23 +217,19 @@ def train_epoch(run: Run, bar: tqdm) -> None:
         loaded = time.perf_counter()
         losses = {}
         for tasks in engine.update_groups(run.weights, args.updates, progress.step):
-            for batch in chunk:
-                part = {**batch, "labels": {name: batch["labels"][name] for name in tasks}}
-                # Several processes average their gradients once, with those of the last batch.
-                with nullcontext() if batch is chunk[-1] else accelerator.no_sync(run.model):
-                    losses |= engine.backward(
-                        accelerator, run.model, part, weights=run.weights, regularizer=regularizer, **run.passes
-                    )
+            balancer = run.balancers[tuple(tasks)]
+            losses |= balancer.backward(chunk, progress.step, progress.epoch)
             accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
+            balancer.after(chunk)
         run.scheduler.step()
         step_seconds = results.seconds_since(loaded, accelerator.device)
         progress.batch += len(chunk)
         progress.images += sum(len(batch["pixel_values"]) for batch in chunk) * accelerator.num_processes
         progress.step += 1
         results.note_step(progress, step_seconds)
-        bar.set_postfix({name: f"{losses[name].item():.3f}" for name in run.weights}, refresh=False)
+        bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
         bar.update()
         progress.seconds += time.perf_counter() - begun
         if args.eval_steps and progress.step % args.eval_steps == 0:
@@ -271,6 +277,8 @@ def build(args: TrainArguments) -> Run:
         num_warmup_steps=round(args.warmup_ratio * total_steps) * accelerator.num_processes,
         num_training_steps=total_steps * accelerator.num_processes,
     )
+    weights = engine.parse_weights(args.loss_weights, base.config.tasks)
+    balancers = make_balancers(args, method, accelerator, model, collator.tasks, weights, passes)
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
     launched = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
@@ -287,11 +295,28 @@ def build(args: TrainArguments) -> Run:
         val_set=val_set,
         test_set=test_set,
         collator=collator,
-        weights=engine.parse_weights(args.loss_weights, base.config.tasks),
+        weights=weights,
         passes=passes,
+        balancers=balancers,
         total_steps=total_steps,
         progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
     )
+
+
+def make_balancers(
+    args: TrainArguments, method: Method, accelerator: Accelerator, model, tasks, weights: dict, passes: dict
+) -> dict[tuple[str, ...], Balancer]:
+    """What gives the gradients of each optimiser step; the state of the weighting is saved with the checkpoints."""
+    by_name = {task.name: task for task in tasks}
+    regularizer = method.regularizer(model, args)
+    balancers = {}
+    for names in engine.update_groups(by_name, args.updates, 0):
+        weighting = make_weighting(args.weighting, names, weights, args.seed)
+        accelerator.register_for_checkpointing(weighting)
+        balancers[tuple(names)] = Balancer(
+            accelerator, model, [by_name[name] for name in names], weighting, regularizer=regularizer, **passes
+        )
+    return balancers
 
 
 def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.TaskOrder]:
@@ -302,7 +327,10 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[distributed],
     )
-    order = method.resolve_order(args.task_order, accelerator.device)
+    wanted = args.task_order
+    if wanted == "auto" and args.weighting not in LOSS_WEIGHTINGS:
+        wanted = "sequential"  # of each task apart
+    order = method.resolve_order(wanted, accelerator.device)
     # Task by task, each backward pass leaves the other tasks' heads without a gradient.
     distributed.find_unused_parameters = order == "sequential" or args.updates == "alternating"
     engine.set_threads(args, accelerator)
@@ -319,6 +347,13 @@ def check_arguments(args: TrainArguments, method: Method) -> None:
             raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")
     if args.updates not in method.updates:
         raise ValueError(f"`updates` is {args.updates!r}; with {method.name!r} allowed: {', '.join(method.updates)}.")
+    if args.weighting not in WEIGHTINGS:
+        raise ValueError(f"`weighting` is {args.weighting!r}; allowed: {', '.join(WEIGHTINGS)}.")
+    if args.weighting not in PLAIN and (args.updates != "joint" or method.alone):
+        raise ValueError(
+            f"`weighting` is {args.weighting!r}; with {method.name!r} and {args.updates} updates allowed: "
+            f"{', '.join(PLAIN)}."
+        )
     if args.val_split is None and not 0 < args.val_fraction < 1:
         raise ValueError(f"`val_fraction` is {args.val_fraction}; allowed: between 0 and 1.")
     if args.push_to_hub and (method.alone or method.folder_per_task):

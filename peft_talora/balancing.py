@@ -1,0 +1,207 @@
+"""A training step in which the tasks are weighed against each other: see `weighting`.
+
+Axes: T tasks of which S have labels in this step, N shared parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from .engine import Activate, TaskOrder, backward, count_labels, counts_of_part, keep_active, task_groups
+from .tasks import Task
+from .weighting import FAMO, GradientWeighting, Weighting
+
+Batches = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Balancer:
+    """Gives a model the gradients of a step, with its tasks weighed.
+
+    Attributes:
+        accelerator: What `model` was prepared by.
+        model: An mSAM, adapted or not.
+        tasks: Those that are trained.
+        weighting: Of these tasks.
+        order: Of their passes; one after another where the weighting takes the gradients of each apart.
+        activate: Called with the tasks of each pass before it.
+        regularizer: Gives a scalar that is added to the losses, unweighed.
+
+    Raises:
+        ValueError: If the weighting does not go with the order, the precision or the way of several processes.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    tasks: Sequence[Task]
+    weighting: Weighting
+    order: TaskOrder = "sequential"
+    activate: Activate = keep_active
+    regularizer: Callable[[], Tensor] | None = None
+    named: dict[str, nn.Parameter] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "named", {n: p for n, p in self.model.named_parameters() if p.requires_grad})
+        if not isinstance(self.weighting, GradientWeighting):
+            return
+        if self.order != "sequential":
+            raise ValueError(
+                f"`task_order` is {self.order!r}; a weighting that needs each task's gradients allows: 'sequential'."
+            )
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed precision is 'fp16', whose gradients are scaled; a weighting that needs gradients allows: "
+                "'no', 'bf16'."
+            )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"the model is split over processes by {kind.value}; a weighting that needs gradients allows data "
+                "parallelism alone."
+            )
+
+    def backward(self, batches: Batches, step: int, epoch: int = 0) -> dict[str, Tensor]:
+        """The gradients of a step, where there were none.
+
+        Args:
+            batches: As a `Collator` makes them; those that are accumulated.
+            step: Number of the step.
+            epoch: The one under way.
+
+        Returns:
+            Each task's loss of the whole step, of all batches and processes; tasks without any label are left out.
+        """
+        batches = self._own_labels(batches)
+        counts = count_labels(self.accelerator, self.tasks, batches)
+        labelled = [index for index, task in enumerate(self.tasks) if counts[task.name].sum() > 0]
+        parts = counts_of_part(self.accelerator, counts)
+        if isinstance(self.weighting, GradientWeighting):
+            losses_T = self._weigh_gradients(batches, parts, labelled, step)
+        else:
+            losses_T = self._weigh_losses(batches, parts, step)
+        labelled_S = torch.tensor(labelled)
+        self.weighting.note(losses_T[labelled_S], labelled_S, epoch)
+        return {self.tasks[index].name: losses_T[index] for index in labelled}
+
+    def after(self, batches: Batches) -> None:
+        """Show the weighting what the optimiser's step did to the losses of its images, where it asks for that."""
+        if not isinstance(self.weighting, FAMO):
+            return
+        batches = self._own_labels(batches)
+        counts = count_labels(self.accelerator, self.tasks, batches)
+        parts = counts_of_part(self.accelerator, counts)
+        with torch.no_grad():
+            sums = [self._losses(batch, parts) for batch in batches]
+        losses_T = self._whole(sums)
+        labelled_S = torch.tensor([i for i, task in enumerate(self.tasks) if counts[task.name].sum() > 0])
+        self.weighting.note_after(losses_T[labelled_S], labelled_S)
+
+    def _own_labels(self, batches: Batches) -> list[dict[str, Any]]:
+        names = [task.name for task in self.tasks]
+        return [{**batch, "labels": {name: batch["labels"][name] for name in names}} for batch in batches]
+
+    def _weigh_losses(self, batches: Batches, parts, step: int) -> Tensor:
+        weights = dict(zip((t.name for t in self.tasks), self.weighting.weights(step).tolist(), strict=True))
+        losses = []
+        for batch in batches:
+            # Several processes average their gradients once, with those of the last batch.
+            with self.accelerator.no_sync(self.model) if batch is not batches[-1] else nullcontext():
+                losses.append(
+                    backward(
+                        self.accelerator,
+                        self.model,
+                        batch,
+                        self.order,
+                        weights,
+                        self.regularizer,
+                        self.activate,
+                        parts,
+                    )
+                )
+        return self._whole(losses)
+
+    def _weigh_gradients(self, batches: Batches, parts, labelled: Sequence[int], step: int) -> Tensor:
+        own = {task.name: _own(self.named, task.name) for task in self.tasks}
+        alone = {name for names in own.values() for name in names}
+        shared = [parameter for name, parameter in self.named.items() if name not in alone]
+        rows, losses = [], [{} for _ in batches]
+        for task in self.tasks:
+            for batch, found in zip(batches, losses, strict=True):
+                part = {**batch, "labels": {task.name: batch["labels"][task.name]}}
+                with self.accelerator.no_sync(self.model):
+                    found |= backward(
+                        self.accelerator, self.model, part, "sequential", {task.name: 1.0}, None, self.activate, parts
+                    )
+            rows.append(_taken(shared))
+        gradients_TN = self._average(torch.stack(rows))
+        losses_T = self._whole(losses)
+        labelled_S = torch.tensor(labelled)
+        gradient_N, w_S = self.weighting.combine(
+            losses_T[labelled_S], gradients_TN[labelled_S.to(gradients_TN.device)], labelled_S, step
+        )
+        _give(shared, gradient_N)
+        for index, weight in zip(labelled, w_S.tolist(), strict=True):
+            for name in own[self.tasks[index].name]:
+                parameter = self.named[name]
+                if parameter.grad is not None:
+                    parameter.grad = weight * self._average(parameter.grad)
+        if self.regularizer is not None:
+            # Every process has the same one, of parameters alone: there is nothing to average.
+            with self.accelerator.no_sync(self.model):
+                scale = self.accelerator.gradient_accumulation_steps
+                self.accelerator.backward(scale * self.regularizer())
+        return losses_T
+
+    def _losses(self, batch: Mapping[str, Any], parts) -> dict[str, Tensor]:
+        losses = {}
+        for group in task_groups([task.name for task in self.tasks], self.order):
+            self.activate(group)
+            output = self.model(
+                pixel_values=batch["pixel_values"],
+                tasks=group,
+                labels={name: batch["labels"][name] for name in group},
+                label_counts=parts,
+                original_sizes=batch["original_sizes"],
+            )
+            losses |= output.losses
+        return losses
+
+    def _whole(self, losses: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The losses (T,) of the step from those of its batches, float64 on the CPU."""
+        steps = self.accelerator.gradient_accumulation_steps
+        sums_T = torch.stack(
+            [sum(found[task.name].detach().double() for found in losses) / steps for task in self.tasks]
+        )
+        return self._average(sums_T).cpu()
+
+    def _average(self, values: Tensor) -> Tensor:
+        return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "mean")
+
+
+def _own(named: Mapping[str, nn.Parameter], task: str) -> list[str]:
+    """Names of the parameters that belong to a task alone: its head, its row of the task factor, its adapter."""
+    return [name for name in named if task in name.split(".")]
+
+
+def _taken(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The gradients as one row (N,), zeros where there is none; the parameters are left without."""
+    row = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return torch.cat(row)
+
+
+def _give(parameters: Sequence[nn.Parameter], gradient_N: Tensor) -> None:
+    """Give parameters their parts of a row."""
+    for parameter, part in zip(
+        parameters, gradient_N.split([parameter.numel() for parameter in parameters]), strict=True
+    ):
+        parameter.grad = part.view_as(parameter).clone()
