@@ -168,7 +168,7 @@ class Balancer:
                 pixel_values=batch["pixel_values"],
                 tasks=group,
                 labels={name: batch["labels"][name] for name in group},
-                label_counts=parts,
+                pixel_counts=parts,
                 original_sizes=batch["original_sizes"],
             )
             losses |= output.losses

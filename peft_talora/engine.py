@@ -354,7 +354,7 @@ def backward(
     weights: Mapping[str, float],
     regularizer: Callable[[], torch.Tensor] | None = None,
     activate: Activate = keep_active,
-    label_counts: Mapping[str, torch.Tensor] | None = None,
+    pixel_counts: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of all tasks of a batch: the gradients of the weighted sum of their losses.
 
@@ -369,7 +369,7 @@ def backward(
         weights: Of the losses, by task.
         regularizer: Gives a scalar that is added to the losses once, whatever the order.
         activate: Called with the tasks of each pass before it.
-        label_counts: As `counts_of_part` gives them.
+        pixel_counts: As `counts_of_part` gives them.
 
     Returns:
         Each task's loss, detached, without its weight.
@@ -382,7 +382,7 @@ def backward(
             pixel_values=batch["pixel_values"],
             tasks=group,
             labels={name: batch["labels"][name] for name in group},
-            label_counts=label_counts,
+            pixel_counts=pixel_counts,
             original_sizes=batch["original_sizes"],
         )
         # With the last loss, in its one backward: several processes average the gradients of each backward once.

@@ -360,7 +360,7 @@ class MSamModel(SamPreTrainedModel):
         tasks: str | int | Sequence[str | int] | None = None,
         task_ids: torch.Tensor | Sequence[str | int] | None = None,
         labels: dict[str, torch.Tensor] | None = None,
-        label_counts: dict[str, torch.Tensor] | None = None,
+        pixel_counts: dict[str, torch.Tensor] | None = None,
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         return_dict: bool | None = None,
@@ -373,7 +373,7 @@ class MSamModel(SamPreTrainedModel):
             task_ids: (B,) positions in `task_names`, or names: the one task of each sample. `logits[task]` then has
                 the rows of that task in batch order, and a task without a row is absent.
             labels: per task (B, H, W) or (B, C, H, W) for the whole batch; tasks without labels have no loss.
-            label_counts: per task the labelled pixels (K,) of a larger batch of which this is a part, as `Task.count`
+            pixel_counts: per task the labelled pixels (K,) of a larger batch of which this is a part, as `Task.count`
                 gives them: what the losses of the parts are then adds up to those of the whole. None: this is it.
             original_sizes: (B, 2) size of each image inside its label, which is padded below and on the right by
                 ignored values; None where every image fills the label.
@@ -398,7 +398,7 @@ class MSamModel(SamPreTrainedModel):
         logits = {names[index]: self.task_heads[names[index]](embeddings[index], positions) for index in wanted}
         losses = loss = None
         if labels is not None:
-            losses = self._losses(logits, labels, label_counts, original_sizes, ids, len(pixel_values))
+            losses = self._losses(logits, labels, pixel_counts, original_sizes, ids, len(pixel_values))
             loss = sum(losses.values())
         output = MSamOutput(loss=loss, losses=losses, logits=logits)
         return_dict = self.config.return_dict if return_dict is None else return_dict

@@ -31,6 +31,8 @@ ALLOWED = {
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
     "engine": {"data", "losses", "msam_config", "tasks"},
     "benchmark": {"checkpoint", "engine", "files", "losses", "methods", "metrics", "plotting", "small_sam", "tasks"},
+    "weighting": set(),
+    "balancing": {"engine", "tasks", "weighting"},
     "evaluation": {"data", "engine", "metrics", "tasks"},
     "methods": {"engine", "files", "hub", "msam", "tuner"},
     "checkpoint": {"files", "hub"},
