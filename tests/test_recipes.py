@@ -188,6 +188,38 @@ def test_a_killed_run_resumes_to_the_same_weights(small, runs):
         assert resumed[key] == uninterrupted[key], key
 
 
+@pytest.mark.parametrize("weighting", ["uncertainty", "db-mtl"])
+def test_a_resumed_run_weighs_its_tasks_as_before(weighting, small, tmp_path):
+    flags = [*small, *REPEATABLE, "--weighting", weighting]
+    run(PYTHON, TRAIN, *flags, "--output_dir", tmp_path / "whole")
+    resume = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6", "--output_dir", tmp_path / "resumed"]
+    assert "step 6 of 8" in run(PYTHON, TRAIN, *flags, *resume)
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    damaged = tmp_path / "whole" / "checkpoint-6" / "custom_checkpoint_0.pkl"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    code, output = finish(start(PYTHON, TRAIN, *flags, *resume))
+    assert code != 0
+    assert f"{damaged}: missing, truncated or corrupt" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weighting", "fair"], "`weighting` is 'fair'; allowed: equal, fixed"),
+        (
+            ["--weighting", "pcgrad", "--updates", "alternating"],
+            "with 'talora' and alternating updates allowed: equal",
+        ),
+        (["--weighting", "gls", "--task_order", "folded"], "`task_order` is 'folded'; a weighting that needs"),
+        (["--weighting", "dwa", "--method", "lora-stl"], "`weighting` is 'dwa'; with 'lora-stl'"),
+    ],
+)
+def test_weightings_that_do_not_go_are_refused(flags, message, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [TRAIN, *small, *flags, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe(TRAIN).main()
+
+
 def test_resuming_with_other_tasks_is_refused(small, trained):
     weights = (trained / "adapter_model.safetensors").read_bytes()
     arguments = [*small, "--tasks", "depth", "edges", "--output_dir", trained, "--resume_from_checkpoint", "latest"]
