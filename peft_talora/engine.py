@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -24,7 +25,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import HfArgumentParser, PreTrainedModel
 
-from .data import SYNTHETIC_TASKS, AugmentedDataset, Collator, FolderDataset, JointAugmentation, SyntheticScenes
+from .data import (
+    SYNTHETIC_TASKS,
+    AugmentedDataset,
+    Collator,
+    FolderDataset,
+    JointAugmentation,
+    SyntheticScenes,
+    readable,
+)
 from .losses import IGNORE_INDEX
 from .msam_config import task_entries
 from .tasks import KINDS, Task, default_weight
@@ -49,6 +58,10 @@ class DataArguments:
     derive_edges: bool = field(default=False, metadata={"help": "Take edges from the borders of segmentation."})
     allow_unlabelled: bool = field(
         default=False, metadata={"help": "Take images of the folder that have a label of none of the tasks, too."}
+    )
+    on_bad_sample: str = field(
+        default="raise",
+        metadata={"help": "'raise' the error, or 'skip' samples that cannot be read: they are named and left out."},
     )
     num_images: int = field(
         default=512, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
@@ -185,8 +198,10 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
         image_size: Of generated scenes, in pixels.
 
     Raises:
-        ValueError: If generated scenes have more classes than a task.
+        ValueError: If generated scenes have more classes than a task, or for another `on_bad_sample`.
     """
+    if args.on_bad_sample not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_sample` is {args.on_bad_sample!r}; allowed: 'raise', 'skip'.")
     if args.data_root is None:
         for task in tasks:
             if task.out_channels < SYNTHETIC_TASKS.get(task.name, 0):
@@ -201,9 +216,18 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
     if args.derive_edges and not folders and any(not (Path(args.data_root, split, t.name)).is_dir() for t in edges):
         folders = {"segmentation"}
     ignored = {} if args.ignored_class == IGNORE_INDEX else dict.fromkeys(folders, args.ignored_class)
-    return FolderDataset(
+    dataset = FolderDataset(
         args.data_root, split, tasks, args.derive_edges, ignored, allow_unlabelled=args.allow_unlabelled
     )
+    if args.on_bad_sample == "raise":
+        return dataset
+    found, problems = readable(dataset)
+    if problems:
+        warnings.warn(
+            f"{len(problems)} of {len(dataset)} samples of {split!r} are skipped:\n" + "\n".join(problems),
+            stacklevel=2,
+        )
+    return found
 
 
 def open_splits(

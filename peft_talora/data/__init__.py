@@ -23,6 +23,7 @@ normals               float32 (3, H, W): unit vectors in camera coordinates, x r
 Datasets are sequences of samples (``__len__``, ``__getitem__``); a `Collator` makes batches of them.
 """
 
+from .bad_samples import BadSample, readable
 from .collate import Collator, make_image_processor
 from .folder import FolderDataset
 from .object_scenes import ObjectScenes
@@ -33,10 +34,12 @@ from .transforms import AugmentedDataset, JointAugmentation
 __all__ = [
     "SYNTHETIC_TASKS",
     "AugmentedDataset",
+    "BadSample",
     "Collator",
     "FolderDataset",
     "JointAugmentation",
     "ObjectScenes",
     "SyntheticScenes",
     "make_image_processor",
+    "readable",
 ]

@@ -20,10 +20,13 @@ from PIL import Image
 
 from ..losses import IGNORE_INDEX
 from ..tasks import Task
+from .bad_samples import reading
 from .edges import boundaries
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 LABEL_SUFFIXES = (".png", ".npy")
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+"""Pillow's modes of 8 bits or less: an image of 16 bits would silently lose half of them."""
 _SEGMENTATION = "segmentation"
 _BINARY_KINDS = ("edges", "saliency")
 _SHORTEST_VECTOR = 0.1
@@ -33,7 +36,8 @@ class FolderDataset(torch.utils.data.Dataset):
     """Samples (see ``peft_talora.data``) from ``root/split/image/*`` and one folder per task beside ``image``.
 
     Files belong together by their stem, and samples are in the order of stems. An image may lack the labels of some
-    tasks, not of all (but see ``allow_unlabelled``). Labels are checked when they are read.
+    tasks, not of all (but see ``allow_unlabelled``). Files are checked when they are read: what cannot be read, or has
+    values that are not allowed, ends in a `BadSample` that names the file. Nothing is unpickled.
 
     Args:
         root: folder of the dataset.
@@ -87,15 +91,16 @@ class FolderDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
-        with Image.open(self.images[name]) as file:
-            pixels = np.array(file.convert("RGB"))
+        with reading(self.images[name]):
+            pixels = read_image(self.images[name])
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
         labels = {}
         for task in self.tasks:
             path = self.labels[task.name].get(name)
             if path is not None:
-                label = self._read_label(task, path)
-                task.check_label(label, tuple(image.shape[1:]), source=str(path))
+                with reading(path):
+                    label = self._read_label(task, path)
+                    task.check_label(label, tuple(image.shape[1:]), source=str(path))
                 labels[task.name] = label
         if not labels:
             labels = {self.tasks[0].name: self.tasks[0].empty_label(tuple(image.shape[1:]))}
@@ -124,6 +129,18 @@ class FolderDataset(torch.utils.data.Dataset):
         if ignored != IGNORE_INDEX:
             classes = np.where(classes == ignored, IGNORE_INDEX, classes)
         return torch.from_numpy(classes.astype(np.int64))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The pixels (H, W, 3), uint8, of an image of at most 8 bits.
+
+    Raises:
+        ValueError: for one of more bits.
+    """
+    with Image.open(path) as file:
+        if file.mode not in IMAGE_MODES:
+            raise ValueError(f"{path} is an image of mode {file.mode}; allowed: {', '.join(IMAGE_MODES)}")
+        return np.array(file.convert("RGB"))
 
 
 def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
