@@ -26,7 +26,7 @@ from .hub import WEIGHTS_NAME
 PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
 FREE_ARGUMENTS = frozenset(
-    {"output_dir", "data_root", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
+    {"output_dir", "data_root", "mix", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
     | {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before"}
 )
 """Arguments of train.py that do not decide a run's course: where it reads and writes, how often it saves and reports,

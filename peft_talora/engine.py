@@ -31,8 +31,11 @@ from .data import (
     Collator,
     FolderDataset,
     JointAugmentation,
+    MixedSampler,
+    MixedTasks,
     SyntheticScenes,
     readable,
+    shares_by_size,
 )
 from .losses import IGNORE_INDEX
 from .msam_config import task_entries
@@ -51,6 +54,17 @@ class DataArguments:
 
     data_root: str | None = field(
         default=None, metadata={"help": "Folder with <split>/image and <split>/<task>. None: generated scenes."}
+    )
+    mix: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More such folders; each may lack tasks that another one has, and that one's images too."},
+    )
+    mix_by: list[str] = field(
+        default_factory=lambda: ["proportional"],
+        metadata={
+            "help": "How often each folder is trained on: 'proportional' to its images, 'temperature=T' for their "
+            "number to the power of 1/T, or a weight for `data_root` and each of `mix`."
+        },
     )
     ignored_class: int = field(
         default=IGNORE_INDEX, metadata={"help": "Class in the files of segmentation and parts that means 'no label'."}
@@ -198,11 +212,14 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
         image_size: Of generated scenes, in pixels.
 
     Raises:
-        ValueError: If generated scenes have more classes than a task, or for another `on_bad_sample`.
+        ValueError: If generated scenes have more classes than a task, for another `on_bad_sample`, or if no folder has
+            labels of a task.
     """
     if args.on_bad_sample not in ("raise", "skip"):
         raise ValueError(f"`on_bad_sample` is {args.on_bad_sample!r}; allowed: 'raise', 'skip'.")
     if args.data_root is None:
+        if args.mix:
+            raise ValueError(f"`mix` is {args.mix}; it needs `data_root` as the first folder.")
         for task in tasks:
             if task.out_channels < SYNTHETIC_TASKS.get(task.name, 0):
                 raise ValueError(
@@ -211,22 +228,40 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
                 )
         num_images = args.num_images if split == "train" else max(1, args.num_images // 8)
         return SyntheticScenes(split, num_images, image_size, args.data_seed, [task.name for task in tasks])
+    if not args.mix:
+        return _open_folder(args, args.data_root, split, tasks)
+    roots = [args.data_root, *args.mix]
+    found = {root: _tasks_there(args, root, split, tasks) for root in roots}
+    if missing := [task.name for task in tasks if not any(task in there for there in found.values())]:
+        raise ValueError(f"none of {', '.join(roots)} has labels of {', '.join(missing)} in the split {split!r}")
+    return MixedTasks({root: _open_folder(args, root, split, there) for root, there in found.items()})
+
+
+def _tasks_there(args: DataArguments, root: str, split: str, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks that a folder has labels of, or of whose kind it can derive some."""
+    folder = Path(root, split)
+    derivable = args.derive_edges and any(
+        (folder / name).is_dir() for name in ["segmentation", *(t.name for t in tasks if t.kind == "segmentation")]
+    )
+    there = [t for t in tasks if (folder / t.name).is_dir() or (derivable and t.kind == "edges")]
+    if not there:
+        raise ValueError(f"{folder} has none of the folders {', '.join(task.name for task in tasks)}")
+    return there
+
+
+def _open_folder(args: DataArguments, root: str, split: str, tasks: Sequence[Task]) -> Dataset:
     folders = {task.name for task in tasks if task.kind in ("segmentation", "parts")}
     edges = [task for task in tasks if task.kind == "edges"]
-    if args.derive_edges and not folders and any(not (Path(args.data_root, split, t.name)).is_dir() for t in edges):
+    if args.derive_edges and not folders and any(not Path(root, split, t.name).is_dir() for t in edges):
         folders = {"segmentation"}
     ignored = {} if args.ignored_class == IGNORE_INDEX else dict.fromkeys(folders, args.ignored_class)
-    dataset = FolderDataset(
-        args.data_root, split, tasks, args.derive_edges, ignored, allow_unlabelled=args.allow_unlabelled
-    )
+    dataset = FolderDataset(root, split, tasks, args.derive_edges, ignored, allow_unlabelled=args.allow_unlabelled)
     if args.on_bad_sample == "raise":
         return dataset
     found, problems = readable(dataset)
     if problems:
-        warnings.warn(
-            f"{len(problems)} of {len(dataset)} samples of {split!r} are skipped:\n" + "\n".join(problems),
-            stacklevel=2,
-        )
+        listed = "\n".join(problems)
+        warnings.warn(f"{len(problems)} of {len(dataset)} samples of {split!r} are skipped:\n{listed}", stacklevel=2)
     return found
 
 
@@ -241,6 +276,8 @@ def open_splits(
     train_set, test_set = read(args.train_split), read(args.test_split)
     if args.val_split is not None:
         val_set = read(args.val_split)
+    elif isinstance(train_set, MixedTasks):
+        train_set, val_set = train_set.split_off(lambda size: max(1, round(args.val_fraction * size)), seed)
     else:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = max(1, round(args.val_fraction * len(train_set)))
@@ -249,10 +286,39 @@ def open_splits(
     return AugmentedDataset(train_set, JointAugmentation(tasks, scales, flip), seed), val_set, test_set
 
 
+def mixed_sampler(args: DataArguments, seed: int, dataset: Dataset) -> MixedSampler | None:
+    """What draws from a mixture as `args.mix_by` says; None for other data sets.
+
+    Raises:
+        ValueError: If `mix_by` is of another form.
+    """
+    if not isinstance(dataset, MixedTasks):
+        return None
+    words, sizes = args.mix_by, dataset.sizes
+    name, _, number = words[0].partition("=") if len(words) == 1 else ("", "", "")
+    try:
+        if words == ["proportional"]:
+            shares = shares_by_size(sizes)
+        elif name == "temperature":
+            shares = shares_by_size(sizes, float(number))
+        else:
+            shares = [float(word) for word in words]
+        return MixedSampler(sizes, shares, seed)
+    except ValueError as error:
+        raise ValueError(
+            f"`mix_by` is {words}; allowed: 'proportional', 'temperature=T', or {len(sizes)} weights: {error}"
+        ) from error
+
+
 def make_loader(
-    args: SplitArguments, seed: int, dataset: Dataset, collator: Collator, num_processes: int
+    args: SplitArguments,
+    seed: int,
+    dataset: Dataset,
+    collator: Collator,
+    num_processes: int,
+    sampler: MixedSampler | None = None,
 ) -> DataLoader:
-    """Batches of training images, in another order every epoch; the seed decides it.
+    """Batches of training images, in another order every epoch; the seed decides it, or the sampler.
 
     Raises:
         ValueError: If there is not a whole batch for every process.
@@ -260,7 +326,8 @@ def make_loader(
     loader = DataLoader(
         dataset,
         batch_size=args.per_device_train_batch_size,
-        shuffle=True,
+        shuffle=sampler is None,
+        sampler=sampler,
         drop_last=True,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,

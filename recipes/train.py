@@ -103,6 +103,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loader: DataLoader
+    sampler: data.MixedSampler | None
     train_set: data.AugmentedDataset
     val_set: Dataset
     test_set: Dataset
@@ -209,6 +210,8 @@ def train_epoch(run: Run, bar: tqdm) -> None:
     """One pass over the training images, or over what is left of it."""
     args, progress, accelerator = run.args, run.progress, run.accelerator
     run.train_set.set_epoch(progress.epoch)
+    if run.sampler is not None:
+        run.sampler.set_epoch(progress.epoch)
     batches = accelerator.skip_first_batches(run.loader, progress.batch)
     batches.set_epoch(progress.epoch)
     run.model.train()
@@ -265,7 +268,8 @@ def build(args: TrainArguments) -> Run:
     processor = data.make_image_processor(image_size, args.normalize)
     collator = data.Collator([base.task(name) for name in base.task_names], processor)
     train_set, val_set, test_set = engine.open_splits(args, args.seed, collator.tasks, image_size)
-    loader = engine.make_loader(args, args.seed, train_set, collator, accelerator.num_processes)
+    sampler = engine.mixed_sampler(args, args.seed, train_set.dataset)
+    loader = engine.make_loader(args, args.seed, train_set, collator, accelerator.num_processes, sampler)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     passes = {"order": order, "activate": partial(method.activate, model)}
@@ -291,6 +295,7 @@ def build(args: TrainArguments) -> Run:
         optimizer=optimizer,
         scheduler=accelerator.prepare(scheduler),
         loader=loader,
+        sampler=sampler,
         train_set=train_set,
         val_set=val_set,
         test_set=test_set,

@@ -26,6 +26,7 @@ Datasets are sequences of samples (``__len__``, ``__getitem__``); a `Collator` m
 from .bad_samples import BadSample, readable
 from .collate import Collator, make_image_processor
 from .folder import FolderDataset
+from .mixed import MixedSampler, MixedTasks, shares_by_size
 from .object_scenes import ObjectScenes
 from .synthetic import TASKS as SYNTHETIC_TASKS
 from .synthetic import SyntheticScenes
@@ -38,8 +39,11 @@ __all__ = [
     "Collator",
     "FolderDataset",
     "JointAugmentation",
+    "MixedSampler",
+    "MixedTasks",
     "ObjectScenes",
     "SyntheticScenes",
     "make_image_processor",
     "readable",
+    "shares_by_size",
 ]

@@ -1,0 +1,155 @@
+"""Mixtures: samples of several data sets, drawn in the shares asked for, the same after a resume."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from peft_talora import engine, make_task
+from peft_talora.data import MixedSampler, MixedTasks, shares_by_size
+from peft_talora.data.mixed import apportion
+
+SEGMENTATION, DEPTH, EDGES = (make_task(n, c) for n, c in {"segmentation": 4, "depth": 1, "edges": 1}.items())
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"name": str(index)}
+
+
+def test_a_mixture_has_the_samples_of_all_parts_by_names_of_their_own():
+    mixture = MixedTasks({"a": Numbers(2), "b": Numbers(3)})
+    assert [mixture[index]["name"] for index in range(5)] == ["a/0", "a/1", "b/0", "b/1", "b/2"]
+    assert len(mixture) == 5
+    for index in (5, -1):
+        with pytest.raises(IndexError, match="outside the 5 samples"):
+            mixture[index]
+    with pytest.raises(ValueError, match=r"'b': 0"):
+        MixedTasks({"a": Numbers(2), "b": Numbers(0)})
+
+
+def test_every_part_gives_its_share_of_what_is_split_off():
+    kept, held = MixedTasks({"a": Numbers(10), "b": Numbers(40)}).split_off(lambda size: size // 5, seed=0)
+    assert (kept.sizes, held.sizes) == ([8, 32], [2, 8])
+    names = [part[index]["name"] for part in (kept, held) for index in range(len(part))]
+    assert len(set(names)) == 50
+
+
+@pytest.mark.parametrize(
+    ("shares", "total", "counts"),
+    [([1, 1], 5, [3, 2]), ([0.5, 0.3, 0.2], 10, [5, 3, 2]), ([1, 2], 100, [33, 67]), ([7], 3, [3])],
+)
+def test_whole_numbers_are_within_one_of_the_shares(shares, total, counts):
+    assert apportion(shares, total) == counts
+
+
+def test_shares_by_size_and_temperature():
+    assert shares_by_size([100, 300]) == pytest.approx([0.25, 0.75])
+    assert shares_by_size([100, 900], temperature=2) == pytest.approx([0.25, 0.75])
+    assert shares_by_size([1, 10**6], temperature=1e9) == pytest.approx([0.5, 0.5])
+    with pytest.raises(ValueError, match="temperature is 0"):
+        shares_by_size([1, 2], 0)
+
+
+@pytest.mark.parametrize("shares", [[1, 1], [9, 1], [0.2, 0.8]])
+def test_drawn_shares_are_those_asked_for(shares):
+    sampler = MixedSampler([10, 30], shares)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(indices) == len(sampler) == 40
+        assert sum(index < 10 for index in indices) == 40 * shares[0] / sum(shares)
+        assert sorted(indices) != indices
+
+
+def test_no_sample_is_seen_twice_before_all_of_its_part_were_seen_once():
+    sampler, seen = MixedSampler([7, 5], [1, 1], seed=3), Counter()
+    for epoch in range(9):
+        sampler.set_epoch(epoch)
+        seen.update(sampler)
+        for part in (range(7), range(7, 12)):
+            counts = [seen[index] for index in part]
+            assert max(counts) - min(counts) <= 1, (epoch, counts)
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    first, second, other = (MixedSampler([7, 5], [2, 1], seed=seed) for seed in (0, 0, 1))
+    second.set_epoch(4)
+    list(second)
+    for sampler in (first, second, other):
+        sampler.set_epoch(2)
+    state = torch.get_rng_state()
+    assert list(first) == list(second) != list(other)
+    assert torch.equal(torch.get_rng_state(), state)
+    third = MixedSampler([7, 5], [2, 1], seed=0)
+    assert list(third) != list(first)
+
+
+@pytest.mark.parametrize("shares", [[1], [1, 0], [1, float("nan")]])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="2 data sets need as many positive numbers"):
+        MixedSampler([7, 5], shares)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """One folder with segmentation alone, one with depth alone."""
+    drawn = np.random.default_rng(0)
+    labels = {
+        "segmentation": lambda: drawn.integers(0, 4, (8, 10), dtype=np.uint8),
+        "depth": lambda: drawn.integers(500, 5000, (8, 10), dtype=np.uint16),
+    }
+    for name, count in (("segmentation", 4), ("depth", 12)):
+        for kind in ("image", name):
+            (tmp_path / name / "train" / kind).mkdir(parents=True)
+        for index in range(count):
+            image = drawn.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / name / "train" / "image" / f"{index}.png")
+            Image.fromarray(labels[name]()).save(tmp_path / name / "train" / name / f"{index}.png")
+    return str(tmp_path / "segmentation"), str(tmp_path / "depth")
+
+
+def test_disjoint_folders_are_one_data_set(folders):
+    args = engine.DataArguments(data_root=folders[0], mix=[folders[1]])
+    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
+    assert len(dataset) == 16
+    assert dataset[0]["labels"].keys() == {"segmentation"}
+    assert dataset[4]["labels"].keys() == {"depth"}
+    with pytest.raises(ValueError, match=r"none of .* has labels of edges in the split 'train'"):
+        engine.open_split(args, "train", [SEGMENTATION, EDGES, DEPTH], 64)
+    args.derive_edges = True
+    derived = engine.open_split(args, "train", [SEGMENTATION, EDGES, DEPTH], 64)
+    assert derived[0]["labels"].keys() == {"segmentation", "edges"}
+    with pytest.raises(ValueError, match="has none of the folders segmentation"):
+        engine.open_split(args, "train", [SEGMENTATION], 64)
+    with pytest.raises(ValueError, match="needs `data_root`"):
+        engine.open_split(engine.DataArguments(mix=[folders[1]]), "train", [SEGMENTATION], 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [(["proportional"], [4, 12]), (["temperature=2"], [6, 10]), (["1", "1"], [8, 8]), (["3", "1"], [12, 4])],
+)
+def test_batches_have_the_shares_that_the_recipe_is_told(words, counts, folders):
+    args = engine.DataArguments(data_root=folders[0], mix=[folders[1]], mix_by=words)
+    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
+    sampler = engine.mixed_sampler(args, 0, dataset)
+    names = [sample["name"] for batch in DataLoader(dataset, 4, sampler=sampler, collate_fn=list) for sample in batch]
+    assert [sum(name.startswith(folder + "/") for name in names) for folder in folders] == counts
+
+
+@pytest.mark.parametrize("words", [["even"], ["temperature=cold"], ["temperature=0"], ["1"], ["1", "-1"]])
+def test_other_ways_to_mix_are_refused(words, folders):
+    args = engine.DataArguments(data_root=folders[0], mix=[folders[1]], mix_by=words)
+    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
+    with pytest.raises(ValueError, match=r"`mix_by` is .*; allowed: 'proportional', 'temperature=T', or 2 weights"):
+        engine.mixed_sampler(args, 0, dataset)
