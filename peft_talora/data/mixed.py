@@ -22,10 +22,8 @@ class MixedTasks(Dataset):
 
     def __init__(self, parts: Mapping[str, Dataset]):
         if not parts or not all(len(part) for part in parts.values()):
-            raise ValueError(
-                f"parts have { ({name: len(part) for name, part in parts.items()}) } samples; allowed: one part or more, "
-                "none of them empty"
-            )
+            sizes = {name: len(part) for name, part in parts.items()}
+            raise ValueError(f"parts have {sizes} samples; allowed: one part or more, none of them empty")
         self.parts = dict(parts)
         self.sizes = [len(part) for part in parts.values()]
 
