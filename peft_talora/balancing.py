@@ -81,15 +81,15 @@ class Balancer:
         """
         batches = self._own_labels(batches)
         counts = count_labels(self.accelerator, self.tasks, batches)
-        labelled = [index for index, task in enumerate(self.tasks) if counts[task.name].sum() > 0]
+        labelled_S = self._labelled(counts)
         parts = counts_of_part(self.accelerator, counts)
         if isinstance(self.weighting, GradientWeighting):
-            losses_T = self._weigh_gradients(batches, parts, labelled, step)
+            losses_T = self._weigh_gradients(batches, parts, labelled_S, step)
         else:
             losses_T = self._weigh_losses(batches, parts, step)
-        labelled_S = torch.tensor(labelled)
-        self.weighting.note(losses_T[labelled_S], labelled_S, epoch)
-        return {self.tasks[index].name: losses_T[index] for index in labelled}
+        if len(labelled_S):
+            self.weighting.note(losses_T[labelled_S], labelled_S, epoch)
+        return {self.tasks[index].name: losses_T[index] for index in labelled_S.tolist()}
 
     def after(self, batches: Batches) -> None:
         """Show the weighting what the optimiser's step did to the losses of its images, where it asks for that."""
@@ -98,11 +98,16 @@ class Balancer:
         batches = self._own_labels(batches)
         counts = count_labels(self.accelerator, self.tasks, batches)
         parts = counts_of_part(self.accelerator, counts)
+        labelled_S = self._labelled(counts)
+        if not len(labelled_S):
+            return
         with torch.no_grad():
             sums = [self._losses(batch, parts) for batch in batches]
-        losses_T = self._whole(sums)
-        labelled_S = torch.tensor([i for i, task in enumerate(self.tasks) if counts[task.name].sum() > 0])
-        self.weighting.note_after(losses_T[labelled_S], labelled_S)
+        self.weighting.note_after(self._whole(sums)[labelled_S], labelled_S)
+
+    def _labelled(self, counts: Mapping[str, Tensor]) -> Tensor:
+        """Positions (S,) of the tasks that have labels in a step."""
+        return torch.tensor([bool(counts[task.name].sum() > 0) for task in self.tasks]).nonzero()[:, 0]
 
     def _own_labels(self, batches: Batches) -> list[dict[str, Any]]:
         names = [task.name for task in self.tasks]
@@ -128,7 +133,7 @@ class Balancer:
                 )
         return self._whole(losses)
 
-    def _weigh_gradients(self, batches: Batches, parts, labelled: Sequence[int], step: int) -> Tensor:
+    def _weigh_gradients(self, batches: Batches, parts, labelled_S: Tensor, step: int) -> Tensor:
         own = {task.name: _own(self.named, task.name) for task in self.tasks}
         alone = {name for names in own.values() for name in names}
         shared = [parameter for name, parameter in self.named.items() if name not in alone]
@@ -143,12 +148,12 @@ class Balancer:
             rows.append(_taken(shared))
         gradients_TN = self._average(torch.stack(rows))
         losses_T = self._whole(losses)
-        labelled_S = torch.tensor(labelled)
-        gradient_N, w_S = self.weighting.combine(
-            losses_T[labelled_S], gradients_TN[labelled_S.to(gradients_TN.device)], labelled_S, step
-        )
+        gradient_N, w_S = gradients_TN.new_zeros(gradients_TN.shape[1]), losses_T[labelled_S]
+        if len(labelled_S):
+            gradients_SN = gradients_TN[labelled_S.to(gradients_TN.device)]
+            gradient_N, w_S = self.weighting.combine(losses_T[labelled_S], gradients_SN, labelled_S, step)
         _give(shared, gradient_N)
-        for index, weight in zip(labelled, w_S.tolist(), strict=True):
+        for index, weight in zip(labelled_S.tolist(), w_S.tolist(), strict=True):
             for name in own[self.tasks[index].name]:
                 parameter = self.named[name]
                 if parameter.grad is not None:

@@ -1,5 +1,6 @@
 """A step with weighed tasks: the same gradients however a batch is cut, in batches or over processes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -178,6 +179,20 @@ def test_every_weighting_trains(kind, sam_folder):
     own, losses, _ = train(sam_folder, kind, steps=3, dtype=torch.float32)
     assert all(value.isfinite().all() for value in own.values())
     assert len(losses) == 3
+
+
+@pytest.mark.parametrize("kind", ["fixed", "uncertainty", "gls", "famo", "pcgrad"])
+def test_a_step_without_any_label_changes_nothing(kind, accelerator, model):
+    collator = make_collator(model)
+    batch = batch_of(collator, 0, range(BATCH))
+    empty = {task.name: torch.full_like(batch["labels"][task.name], task.ignored_label) for task in collator.tasks}
+    weighting = make_weighting(kind, list(TASKS), GIVEN)
+    state = copy.deepcopy(weighting.state_dict())
+    balancer = Balancer(accelerator, model, collator.tasks, weighting)
+    assert balancer.backward([{**batch, "labels": empty}], 0) == {}
+    balancer.after([{**batch, "labels": empty}])
+    assert all(value.abs().max() == 0 for value in gradients(model).values())
+    assert str(weighting.state_dict()) == str(state)
 
 
 def test_checkpointing_does_not_change_what_pcgrad_gives(accelerator, model):
