@@ -78,7 +78,7 @@ class DataArguments:
         metadata={"help": "'raise' the error, or 'skip' samples that cannot be read: they are named and left out."},
     )
     num_images: int = field(
-        default=512, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
+        default=360, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
     )
     data_seed: int = field(default=0, metadata={"help": "Of generated scenes."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Images per evaluation pass and process."})

@@ -62,7 +62,7 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     normalize: bool = field(default=True, metadata={"help": "Subtract SAM's mean colour and divide by its deviation."})
 
     seed: int = field(default=0, metadata={"help": "Of the adapter's weights, the order of images and dropout."})
-    num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
+    num_train_epochs: int = field(default=2, metadata={"help": "Passes over the training images."})
     updates: str | None = field(
         default=None,
         metadata={
