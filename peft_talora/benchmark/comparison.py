@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,6 @@ class Wanted:
     entry: str
     file: Path
     arguments: dict[str, Any]
-    context: dict[str, Any] = field(default_factory=dict)
 
 
 # --- runs ---
