@@ -245,8 +245,8 @@ class DynamicAverage(LossWeighting):
         self.epoch, self.sums_3T, self.counts_3T = state["epoch"], state["sums"].clone(), state["counts"].clone()
 
 
-class Uncertainty(_Learnt, LossWeighting):
-    """Homoscedastic uncertainty: s_t is the logarithm of a task's variance.
+class _LearntScales(_Learnt, LossWeighting):
+    """Weights that follow from a number s per task, 0 at first.
 
     Args:
         tasks: see `Weighting`.
@@ -256,6 +256,10 @@ class Uncertainty(_Learnt, LossWeighting):
     def __init__(self, tasks: Sequence[str], learning_rate: float = 1e-2):
         super().__init__(tasks)
         self.numbers = Numbers(torch.zeros(len(tasks), dtype=torch.float64), learning_rate)
+
+
+class Uncertainty(_LearntScales):
+    """Homoscedastic uncertainty: s_t is the logarithm of a task's variance."""
 
     def weights(self, step: int) -> Tensor:
         """exp(−s) / 2."""
@@ -266,17 +270,8 @@ class Uncertainty(_Learnt, LossWeighting):
         self.numbers.learn((1 - (-self.numbers.values_T[labelled_S]).exp() * losses_S) / 2, labelled_S)
 
 
-class ImpartialLosses(_Learnt, LossWeighting):
-    """IMTL-L: s_t scales the losses to one size, for at the optimum exp(s_t) L_t = 1.
-
-    Args:
-        tasks: see `Weighting`.
-        learning_rate: of s.
-    """
-
-    def __init__(self, tasks: Sequence[str], learning_rate: float = 1e-2):
-        super().__init__(tasks)
-        self.numbers = Numbers(torch.zeros(len(tasks), dtype=torch.float64), learning_rate)
+class ImpartialLosses(_LearntScales):
+    """IMTL-L: s_t scales the losses to one size, for at the optimum exp(s_t) L_t = 1."""
 
     def weights(self, step: int) -> Tensor:
         """exp(s)."""

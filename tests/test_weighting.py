@@ -35,21 +35,21 @@ def combine(weighting, losses=LOSSES, gradients=GRADIENTS, step=0):
     return weighting.combine(losses, gradients, BOTH, step)
 
 
-def close(value, expected, **tolerance):
+def assert_close(value, expected, **tolerance):
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), **tolerance)
 
 
 def test_equal_and_fixed_weights():
-    close(make_weighting("equal", TASKS).weights(3), [1.0, 1.0])
-    close(make_weighting("fixed", TASKS, {"b": 4.0, "a": 1.0}).weights(3), [1.0, 4.0])
+    assert_close(make_weighting("equal", TASKS).weights(3), [1.0, 1.0])
+    assert_close(make_weighting("fixed", TASKS, {"b": 4.0, "a": 1.0}).weights(3), [1.0, 4.0])
 
 
 def test_random_weights_are_of_seed_and_step_and_average_to_one():
     weighting = make_weighting("rlw", TASKS, seed=5)
     drawn = torch.stack([weighting.weights(step) for step in range(2000)])
     assert (drawn > 0).all()
-    close(drawn.sum(1), [2.0] * 2000)
-    close(drawn.mean(0), [1.0, 1.0], atol=0.05, rtol=0)
+    assert_close(drawn.sum(1), [2.0] * 2000)
+    assert_close(drawn.mean(0), [1.0, 1.0], atol=0.05, rtol=0)
     state = torch.get_rng_state()
     assert torch.equal(make_weighting("rlw", TASKS, seed=5).weights(7), drawn[7])
     assert torch.equal(torch.get_rng_state(), state)
@@ -60,11 +60,11 @@ def test_dynamic_average_weighs_by_the_ratio_of_two_epochs():
     weighting = DynamicAverage(TASKS)
     for epoch, losses in enumerate(([4.0, 2.0], [2.0, 1.8])):
         for spread in (-0.5, 0.5):
-            close(weighting.weights(0), [1.0, 1.0])
+            assert_close(weighting.weights(0), [1.0, 1.0])
             weighting.note(torch.tensor(losses, dtype=torch.float64) + spread, BOTH, epoch)
     weighting.note(LOSSES, BOTH, 2)
     first, second = math.exp(0.5 / 2), math.exp(0.9 / 2)
-    close(weighting.weights(0), [2 * first / (first + second), 2 * second / (first + second)])
+    assert_close(weighting.weights(0), [2 * first / (first + second), 2 * second / (first + second)])
 
 
 def test_a_task_without_labels_in_an_epoch_has_a_ratio_of_one():
@@ -72,7 +72,7 @@ def test_a_task_without_labels_in_an_epoch_has_a_ratio_of_one():
     weighting.note(LOSSES, BOTH, 0)
     weighting.note(LOSSES[:1] / 2, BOTH[:1], 1)
     weighting.note(LOSSES, BOTH, 2)
-    close(weighting.weights(0), (2 * torch.tensor([0.5, 1.0]).double().div(2).softmax(0)).tolist())
+    assert_close(weighting.weights(0), (2 * torch.tensor([0.5, 1.0]).double().div(2).softmax(0)).tolist())
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_learnt_weights_follow_the_objective_s_derivative_to_its_minimum(kind, o
         adam.step()
         weighting.note(LOSSES, BOTH, 0)
         if step == 2:
-            close(weighting.numbers.values_T, s.tolist())
-    close(weighting.weights(0), optimum, rtol=1e-3, atol=0)
+            assert_close(weighting.numbers.values_T, s.tolist())
+    assert_close(weighting.weights(0), optimum, rtol=1e-3, atol=0)
 
 
 def test_the_geometric_loss_has_the_gradient_of_the_geometric_mean():
@@ -101,28 +101,28 @@ def test_the_geometric_loss_has_the_gradient_of_the_geometric_mean():
     losses = torch.stack([x.square().sum() / 2, (x - torch.tensor([3.0, -1.0])).square().sum() / 2])
     losses.prod().sqrt().backward()
     gradient, own = combine(make_weighting("gls", TASKS))
-    close(gradient, x.grad.tolist())
-    close(own, [math.sqrt(2) / 4, math.sqrt(2) / 2])
+    assert_close(gradient, x.grad.tolist())
+    assert_close(own, [math.sqrt(2) / 4, math.sqrt(2) / 2])
 
 
 def test_famo_weighs_logarithms_and_learns_from_how_they_fall():
     """At first z = (½, ½), so that w = (¼, ½) / ¾. Then the first loss falls by a factor e, the second stays."""
     weighting = FAMO(TASKS)
     gradient, own = combine(weighting)
-    close(own, [1 / 3, 2 / 3])
-    close(gradient, [2 / 3 - 2 / 3, 2 / 3])
+    assert_close(own, [1 / 3, 2 / 3])
+    assert_close(gradient, [2 / 3 - 2 / 3, 2 / 3])
     learnt = []
     weighting.numbers.learn = lambda gradient, labelled: learnt.append(gradient)
     weighting.note_after(torch.tensor([2 / math.e, 1.0], dtype=torch.float64), BOTH)
-    close(learnt[0], [0.5 * (1 - 0.5), 0.5 * (0 - 0.5)])  # z (δ − z · δ): descent makes the first one's share less
+    assert_close(learnt[0], [0.5 * (1 - 0.5), 0.5 * (0 - 0.5)])  # z (δ − z · δ): the first's share falls
 
 
 def test_gradnorm_moves_weights_towards_the_lagging_task():
     """|∇L| = (2, √2), both have their first loss: the aim is the mean (2 + √2) / 2 of both, so 1 falls and 2 rises."""
     weighting = GradNorm(TASKS, learning_rate=0.1)
     gradient, own = combine(weighting)
-    close(own, [1.0, 1.0])
-    close(gradient, [1.0, 1.0])
+    assert_close(own, [1.0, 1.0])
+    assert_close(gradient, [1.0, 1.0])
     assert weighting.numbers.values_T[0] == pytest.approx(0.9, abs=1e-6)
     assert weighting.numbers.values_T[1] == pytest.approx(1.1, abs=1e-6)
     # Then the first task has half of its first loss, the second all: the aim is (½, 1) / ¾ to the power of 1.5.
@@ -133,20 +133,20 @@ def test_gradnorm_moves_weights_towards_the_lagging_task():
     learnt = []
     weighting.numbers.learn = lambda gradient, labelled: learnt.append(gradient)
     combine(weighting, losses=torch.tensor([1.0, 1.0], dtype=torch.float64))
-    close(learnt[0], expected.tolist())
+    assert_close(learnt[0], expected.tolist())
 
 
 def test_dual_balancing_scales_moving_means_to_the_longest():
     """Of logarithms the gradients are (1, 0) and (−1, 1): lengths 1 and √2."""
     weighting = DualBalancing(TASKS, decay=0.5)
     gradient, own = combine(weighting)
-    close(own, [0.5, 1.0])
-    close(gradient, [math.sqrt(2) - 1, 1.0])
+    assert_close(own, [0.5, 1.0])
+    assert_close(gradient, [math.sqrt(2) - 1, 1.0])
     # With losses (1, 1), gradients of logarithms are (2, 0), (−1, 1), and their means (1.5, 0) and (−1, 1).
     gradient, _ = combine(weighting, losses=torch.ones(2, dtype=torch.float64))
-    close(gradient, [1.5 - 1.5 / math.sqrt(2), 1.5 / math.sqrt(2)])
+    assert_close(gradient, [1.5 - 1.5 / math.sqrt(2), 1.5 / math.sqrt(2)])
     gradient, _ = combine(DualBalancing(TASKS, decay=0.0))
-    close(gradient, [math.sqrt(2) - 1, 1.0])
+    assert_close(gradient, [math.sqrt(2) - 1, 1.0])
     with pytest.raises(ValueError, match=r"`decay` is 1.0; allowed"):
         DualBalancing(TASKS, decay=1.0)
 
@@ -181,8 +181,8 @@ def conflict_averse(c=0.4):
 )
 def test_torchjd_s_weightings_are_their_papers(kind, expected, tolerance):
     gradient, own = combine(make_weighting(kind, TASKS))
-    close(gradient, expected(), atol=tolerance, rtol=0)
-    close(own, [1.0, 1.0])
+    assert_close(gradient, expected(), atol=tolerance, rtol=0)
+    assert_close(own, [1.0, 1.0])
 
 
 def test_nash_s_weights_solve_the_bargaining_equation():
@@ -192,7 +192,7 @@ def test_nash_s_weights_solve_the_bargaining_equation():
     alpha = torch.linalg.solve(gradients.T, gradient)
     assert (alpha > 0).all()
     products = alpha * (gradients @ gradients.T @ alpha)
-    close(products / products.mean(), [1.0, 1.0], atol=1e-2, rtol=0)
+    assert_close(products / products.mean(), [1.0, 1.0], atol=1e-2, rtol=0)
 
 
 def test_a_square_root_has_the_inner_products():
@@ -260,7 +260,7 @@ def test_one_labelled_task_of_three_goes_downhill(kind):
 def test_numbers_of_other_tasks_have_no_gradient():
     numbers = Numbers(torch.zeros(3, dtype=torch.float64), learning_rate=0.1)
     numbers.learn(torch.tensor([2.0], dtype=torch.float64), torch.tensor([1]))
-    close(numbers.values_T, [0.0, -0.1, 0.0], atol=1e-6, rtol=0)
+    assert_close(numbers.values_T, [0.0, -0.1, 0.0], atol=1e-6, rtol=0)
 
 
 def test_unknown_kinds_no_tasks_and_foreign_states_are_refused():
