@@ -5,6 +5,7 @@
     python recipes/benchmark.py --protocol camvid-2 --data_root camvid --workers 2
     python recipes/benchmark.py --stages cost table                    # later, on an idle machine
     python recipes/benchmark.py --ablation all                         # variants of talora instead of methods
+    python recipes/benchmark.py --weightings all                       # ways to weigh its losses instead
     python recipes/benchmark.py --output_dir docs/results --stages table    # the project's own table, of its records
 
 Every run is `recipes/train.py` in a process of its own. A finished one leaves a small record under
@@ -28,19 +29,17 @@ from typing import Any
 from peft_talora import engine
 from peft_talora.benchmark.cost import measure_cost
 from peft_talora.benchmark.plan import Benchmark, run_seeds
-from peft_talora.benchmark.protocols import PROTOCOLS
+from peft_talora.benchmark.protocols import PROTOCOLS, Protocol
 from peft_talora.benchmark.rates import TUNING_SEED, choose, rate_notes
 from peft_talora.benchmark.records import read_comparable
 from peft_talora.benchmark.table import draw_table, make_table, to_markdown
 from peft_talora.files import write_aside, write_json
+from peft_talora.weighting import WEIGHTINGS
 
 METHODS = ("full-stl", "full-hps", "lora-stl", "lora-hps", "mtlora", "talora", "heads")
 BASELINES = {"delta_m": "full-stl", "delta_m_vs_lora_stl": "lora-stl"}
 STAGES = ("learning_rates", "runs", "cost", "table")
 CHANGES = ("num_images", "num_train_epochs", "per_device_train_batch_size", "image_size")  # of the protocol's own
-
-
-ABLATION_NOTE = "Compare orthogonality-* with start-orthogonal, and parts of qkv with targets-qkv."
 
 
 def ablations(num_tasks: int) -> dict[str, dict[str, Any]]:
@@ -61,6 +60,11 @@ def ablations(num_tasks: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def weightings() -> dict[str, dict[str, Any]]:
+    """What each weighting of the losses changes of talora's defaults, by its name."""
+    return {name: {"updates": "joint", "weighting": name} for name in WEIGHTINGS}
+
+
 @dataclass
 class BenchmarkArguments:
     """What to compare, and where results go."""
@@ -69,6 +73,9 @@ class BenchmarkArguments:
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to compare."})
     ablation: list[str] = field(
         default_factory=list, metadata={"help": "Variants of talora to compare instead, or 'all'."}
+    )
+    weightings: list[str] = field(
+        default_factory=list, metadata={"help": "Weightings of talora's losses to compare instead, or 'all'."}
     )
     seeds: int | None = field(default=None, metadata={"help": "Runs of each. None: three, one of a variant."})
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": f"Of {', '.join(STAGES)}."})
@@ -115,7 +122,12 @@ def check(args: BenchmarkArguments) -> None:
     protocol = PROTOCOLS[args.protocol]
     if args.stages != ["table"]:
         protocol.check_data_root(args.data_root)
-    allowed = {"stages": STAGES, "methods": METHODS, "ablation": (*ablations(len(protocol.tasks)), "all")}
+    allowed = {
+        "stages": STAGES,
+        "methods": METHODS,
+        "ablation": (*ablations(len(protocol.tasks)), "all"),
+        "weightings": (*WEIGHTINGS, "all"),
+    }
     for name, words in allowed.items():
         if unknown := [word for word in getattr(args, name) if word not in words]:
             raise ValueError(f"`{name}` has {', '.join(unknown)}; allowed: {', '.join(words)}.")
@@ -128,8 +140,9 @@ def check(args: BenchmarkArguments) -> None:
         )
     if any(not 0 < rate < math.inf for rate in args.learning_rates):
         raise ValueError(f"`learning_rates` is {args.learning_rates}; allowed: positive numbers.")
-    if args.ablation and args.methods != list(METHODS):
-        raise ValueError("`methods` and `ablation` are both given: variants of talora are compared with talora alone.")
+    given = {"methods": args.methods != list(METHODS), "ablation": args.ablation, "weightings": args.weightings}
+    if len(several := [f"`{name}`" for name, words in given.items() if words]) > 1:
+        raise ValueError(f"{' and '.join(several)} are given: variants of talora are compared with talora alone.")
 
 
 def build(args: BenchmarkArguments) -> Benchmark:
@@ -137,17 +150,20 @@ def build(args: BenchmarkArguments) -> Benchmark:
     check(args)
     protocol = PROTOCOLS[args.protocol]
     variants = {name: {"method": name} for name in METHODS if name in args.methods}
+    group, known, wanted = None, {}, []
     if args.ablation:
-        known = ablations(len(protocol.tasks))
-        chosen = known if "all" in args.ablation else args.ablation
-        variants = {"talora": {}, **{name: known[name] for name in chosen}}
-        variants = {name: {"method": "talora", **changes} for name, changes in variants.items()}
+        group, known, wanted = "ablations", ablations(len(protocol.tasks)), args.ablation
+    elif args.weightings:
+        group, known, wanted = "weightings", weightings(), args.weightings
+    if group:
+        chosen = {name: known[name] for name in (known if "all" in wanted else wanted)}
+        variants = {name: {"method": "talora", **changes} for name, changes in {"talora": {}, **chosen}.items()}
     changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
     benchmark = Benchmark(
         protocol=protocol,
         variants=variants,
-        ablation=bool(args.ablation),
-        seeds=range(args.seeds or (1 if args.ablation else 3)),
+        group=group,
+        seeds=range(args.seeds or (1 if group else 3)),
         changes=changes,
         data_root=args.data_root,
         base=args.base,
@@ -173,12 +189,51 @@ def check_images(benchmark: Benchmark) -> None:
         protocol.check_split(split, engine.open_split(args, folder, protocol.tasks, 0))
 
 
+@dataclass(frozen=True)
+class Page:
+    """What stands in a table: methods, then variants; Δm over which baselines; and what there is to say of it."""
+
+    methods: tuple[str, ...]
+    variants: tuple[str, ...] = ()
+    baselines: dict[str, str] = field(default_factory=lambda: dict(BASELINES))
+    title: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def find_page(protocol: Protocol, group: str | None) -> Page:
+    """The table of methods, or of a group of variants."""
+    if group == "ablations":
+        return Page(
+            methods=("talora",),
+            variants=tuple(ablations(len(protocol.tasks))),
+            baselines={"delta_m_vs_talora": "talora"},
+            title=", talora and variants of it",
+            notes=("Compare orthogonality-* with start-orthogonal, and parts of qkv with targets-qkv.",),
+        )
+    if group == "weightings":
+        return Page(
+            methods=("full-stl", "lora-stl", "talora"),
+            variants=WEIGHTINGS,
+            baselines={**BASELINES, "delta_m_vs_fixed": "fixed"},
+            title=", ways to weigh the losses of talora",
+            notes=(
+                "Weightings have joint updates; fixed are the weights named above. The row talora has those too, with "
+                "an update per task instead.",
+                "All checkpoints are chosen by the same sum of validation losses, that with the fixed weights.",
+            ),
+        )
+    return Page(methods=METHODS)
+
+
 def write_tables(benchmark: Benchmark) -> None:
     """JSON, Markdown and picture of all records there are of the protocol."""
-    protocol, ablation = benchmark.protocol, benchmark.ablation
-    order = ["talora", *ablations(len(protocol.tasks))] if ablation else METHODS
-    files = sorted(benchmark.records.glob("talora-seed*.json" if ablation else "*-seed*.json"))
-    files += sorted((benchmark.records / "ablations").glob("*-seed*.json")) if ablation else []
+    protocol, group = benchmark.protocol, benchmark.group
+    page = find_page(protocol, group)
+    order = (*page.methods, *page.variants)
+    files = sorted(benchmark.records.glob("*-seed*.json"))
+    if group:
+        files = [file for file in files if file.name.rpartition("-seed")[0] in page.methods]
+        files += sorted((benchmark.records / group).glob("*-seed*.json"))
     records = read_comparable(files)
     if unknown := sorted({record.name for record in records} - set(order)):
         raise ValueError(f"{benchmark.records} has records of {', '.join(unknown)}; allowed: {', '.join(order)}.")
@@ -193,13 +248,12 @@ def write_tables(benchmark: Benchmark) -> None:
                 f"{benchmark.cost_file} is of {record.name} with other {', '.join(differing)} than the records: run "
                 "the stage `cost` again."
             )
-    table = make_table(protocol, records, {"delta_m_vs_talora": "talora"} if ablation else BASELINES, costs)
-    table["notes"] += rate_notes(benchmark, records) + ([ABLATION_NOTE] if ablation else [])
-    name = f"ablations-{protocol.name}" if ablation else protocol.name
-    title = f"{protocol.name}, talora and variants of it" if ablation else protocol.name
+    table = make_table(protocol, records, page.baselines, costs)
+    table["notes"] += [*rate_notes(benchmark, records), *page.notes]
+    name = f"{group}-{protocol.name}" if group else protocol.name
     with write_aside(benchmark.output) as aside:
         write_json(aside / f"{name}.json", table)
-        (aside / f"{name}.md").write_text(to_markdown(table, protocol, title))
+        (aside / f"{name}.md").write_text(to_markdown(table, protocol, protocol.name + page.title))
         picture = draw_table(table)
         if picture is not None:
             picture.save(aside / f"{name}.png")

@@ -63,7 +63,7 @@ def make_benchmark(folder, **changes):
     made = Benchmark(
         protocol=SYNTHETIC_3,
         variants={"talora": {"method": "talora"}},
-        ablation=False,
+        group=None,
         seeds=range(1),
         changes={"num_images": 8, "num_train_epochs": 1},
         data_root=None,

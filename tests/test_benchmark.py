@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmark_cases import OURS
+from benchmark_cases import OURS, record
 from PIL import Image
 
 from peft_talora.benchmark.protocols import SYNTHETIC_3
-from peft_talora.benchmark.records import read_record, write_record
+from peft_talora.benchmark.records import LATER_ARGUMENTS, read_record, write_record
 from peft_talora.engine import parse_arguments
 from peft_talora.methods import METHODS
 from peft_talora.methods.adapters import AdapterArguments
+from peft_talora.weighting import WEIGHTINGS
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "benchmark.py"
 
@@ -70,6 +71,7 @@ def test_the_methods_and_variants_are_those_of_the_training_recipe(recipe):
         for change in changes.values():
             own = {k: v for k, v in change.items() if k not in ("decoder_mode", "updates")}
             METHODS["talora"].check(AdapterArguments(**own))
+    assert set(recipe.weightings()) == set(WEIGHTINGS)
 
 
 def test_wrong_arguments_are_refused_at_once(build):
@@ -83,7 +85,9 @@ def test_wrong_arguments_are_refused_at_once(build):
         (["--num_threads", 0], "`num_threads` is 0"),
         (["--seeds", 101], "`seeds` is 101; allowed: up to 100"),
         (["--learning_rates", 0], r"`learning_rates` is \[0.0\]; allowed: positive"),
-        (["--ablation", "r-4", "--methods", "heads"], "`methods` and `ablation` are both given"),
+        (["--ablation", "r-4", "--methods", "heads"], "`methods` and `ablation` are given"),
+        (["--ablation", "r-4", "--weightings", "rlw"], "`ablation` and `weightings` are given"),
+        (["--weightings", "gradvac"], "`weightings` has gradvac; allowed: equal, fixed"),
     ):
         with pytest.raises(ValueError, match=message):
             build(*arguments)
@@ -102,6 +106,27 @@ def test_ablations_share_talora_s_own_runs_with_the_methods(build):
     assert variants.variants["r-4"] == {"method": "talora", "r": 4}
     assert variants.record_file("talora", 0) == methods.record_file("talora", 0)
     assert variants.record_file("r-4", 0).parent.name == "ablations"
+
+
+def test_weightings_stand_in_one_table_with_methods_of_older_records(recipe, build, tmp_path):
+    """Records made before train.py had weightings say nothing of them."""
+    benchmark = build("--weightings", "rlw", "--stages", "table")
+    assert benchmark.variants["rlw"] == {"method": "talora", "updates": "joint", "weighting": "rlw"}
+    metrics = {task: dict.fromkeys(figures, 0.5) for task, figures in SYNTHETIC_3.higher_is_better.items()}
+    for name, seeds in (("full-stl", 2), ("heads", 1), ("talora", 2), ("fixed", 1), ("rlw", 1)):
+        for seed in range(seeds):
+            newer = {**LATER_ARGUMENTS, "weighting": name} if name in WEIGHTINGS else {}
+            made = record(name, seed, (1, 1, 1, 1), metrics=metrics, arguments=newer)
+            folder = benchmark.records / ("weightings" if newer else "")
+            write_record(folder / f"{name}-seed{seed}.json", made)
+    recipe.write_tables(benchmark)
+    table = json.loads((benchmark.output / "weightings-synthetic-3.json").read_text())
+    assert list(table["methods"]) == ["full-stl", "talora", "fixed", "rlw"], "heads are no reference"
+    assert table["methods"]["rlw"]["delta_m_vs_fixed"]["mean"] == 0
+    assert [table["methods"][name]["seeds"] for name in ("talora", "rlw")] == [2, 1]
+    page = (benchmark.output / "weightings-synthetic-3.md").read_text()
+    assert "| talora | 2 |" in page
+    assert "Δm over fixed" in page
 
 
 def test_from_runs_to_the_table(call, tmp_path, sam):

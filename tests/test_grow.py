@@ -675,7 +675,6 @@ class TestErrors:
             ({"name": "heat", "kind": make_task("edges", 1)}, ["the Task 'edges'", "'heat'"]),
             ({"name": "edges", "kind": make_task("edges", 1), "channels": 2}, ["1 channels", "channels=2"]),
         ],
-        ids=str,
     )
     def test_add(self, model, arguments, words):
         before = snapshot(model)

@@ -41,7 +41,7 @@ def test_what_is_changed_of_the_protocol_goes_for_its_own_runs_alone(tmp_path):
 
 
 def test_records_of_variants_are_apart_from_those_of_methods(tmp_path):
-    methods, variants = make_benchmark(tmp_path), make_benchmark(tmp_path, ablation=True)
+    methods, variants = make_benchmark(tmp_path), make_benchmark(tmp_path, group="ablations")
     assert variants.record_file("talora", 0) == methods.record_file("talora", 0)
     assert variants.record_file("r-4", 0).parent == methods.records / "ablations"
     assert variants.cost_file.parent == methods.records / "ablations"

@@ -27,7 +27,7 @@ class Benchmark:
         protocol: Whose table is made.
         variants: By name, what a run of it asks of train.py beside the protocol; `learning_rate` and `updates` once
             they are chosen.
-        ablation: Whether they are variants of talora, with records apart from those of the methods.
+        group: Of variants of talora, `"ablations"` or `"weightings"`, the folder of their records; None of methods.
         seeds: Of the runs of each.
         changes: Arguments of train.py in place of the protocol's own.
         data_root: Folder with the protocol's images and labels; None where they are generated.
@@ -42,7 +42,7 @@ class Benchmark:
 
     protocol: Protocol
     variants: dict[str, dict[str, Any]]
-    ablation: bool
+    group: str | None
     seeds: range
     changes: Mapping[str, Any]
     data_root: str | None
@@ -56,7 +56,7 @@ class Benchmark:
 
     @property
     def records(self) -> Path:
-        """Folder of the protocol's records, and of its ablations' under `ablations`."""
+        """Folder of the protocol's records, and of its variants' in a folder of each group."""
         return self.output / "runs" / self.protocol.name
 
     @property
@@ -67,12 +67,11 @@ class Benchmark:
     @property
     def cost_file(self) -> Path:
         """Time and memory."""
-        return (self.records / "ablations" if self.ablation else self.records) / "cost.json"
+        return self.records / (self.group or "") / "cost.json"
 
     def record_file(self, name: str, seed: int) -> Path:
-        """Talora itself, which ablations are compared with, is the same run in both tables."""
-        folder = self.records / "ablations" if self.ablation and name != "talora" else self.records
-        return folder / f"{name}-seed{seed}.json"
+        """Talora itself, which its variants are compared with, is the same run in all tables."""
+        return self.records / ("" if name == "talora" else self.group or "") / f"{name}-seed{seed}.json"
 
     def settings(self, protocol: Protocol) -> dict[str, Any]:
         """What all runs on a protocol share; `changes` and `data_root` go for the benchmark's own protocol alone."""

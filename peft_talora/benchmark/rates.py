@@ -131,7 +131,7 @@ def _beyond(losses: Mapping[float, float]) -> float | None:
 def rate_notes(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
     """What a reader must know of the records' learning rates."""
     file, notes = benchmark.rates_file, []
-    if benchmark.ablation:
+    if benchmark.group:
         notes.append("All variants have the learning rate that was chosen for talora itself.")
     if not file.exists():
         return notes

@@ -20,9 +20,12 @@ from ..files import write_aside, write_json
 from ..methods.adapters import AdapterArguments
 
 OWN_ARGUMENTS = frozenset(
-    {"seed", "learning_rate", "updates", "decoder_mode"} | {f.name for f in fields(AdapterArguments)}
+    {"seed", "learning_rate", "updates", "weighting", "decoder_mode"} | {f.name for f in fields(AdapterArguments)}
 )
 """What a method or variant may choose; all else is the same in all runs of a table."""
+
+LATER_ARGUMENTS = {"mix": [], "mix_by": ["proportional"], "on_bad_sample": "raise", "weighting": "fixed"}
+"""What older records do not say: arguments that train.py did not have yet, with the value that does what it did."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,12 @@ class Record:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that all runs of a table share."""
-        return {name: value for name, value in self.arguments.items() if name not in OWN_ARGUMENTS}
+        return {name: value for name, value in self.all_arguments.items() if name not in OWN_ARGUMENTS}
+
+    @property
+    def all_arguments(self) -> dict[str, Any]:
+        """The arguments, with what train.py did before it had later ones."""
+        return {**LATER_ARGUMENTS, **self.arguments}
 
     @property
     def validation_loss(self) -> float:
@@ -88,7 +96,7 @@ def read_record(file: Path) -> Record:
 
 def check_record(file: Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, if a file records a run of other arguments than are wanted."""
-    found = read_record(file).arguments
+    found = read_record(file).all_arguments
     if differing := describe_differing({name: found.get(name) for name in wanted}, wanted):
         raise ValueError(
             f"{file} is of a run with {differing}: give the same arguments, or another `output_dir`, or move it away."
@@ -108,7 +116,7 @@ def read_comparable(files: Sequence[Path]) -> list[Record]:
         if differing := describe_differing(record.settings, records[0].settings):
             raise ValueError(f"{file} and {files[0]} are not comparable: {differing}.")
         same = first.setdefault(record.name, record)
-        if differing := describe_differing({**record.arguments, "seed": same.seed}, same.arguments):
+        if differing := describe_differing({**record.all_arguments, "seed": same.seed}, same.all_arguments):
             raise ValueError(f"{file} is of a run with {differing}, as another seed of {record.name!r} has.")
     return records
 
