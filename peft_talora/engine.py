@@ -26,14 +26,20 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import HfArgumentParser, PreTrainedModel
 
 from .data import (
+    FORMATS,
     SYNTHETIC_TASKS,
     AugmentedDataset,
     Collator,
+    Column,
+    ColumnStream,
     FolderDataset,
     JointAugmentation,
     MixedSampler,
     MixedTasks,
     SyntheticScenes,
+    open_stream,
+    open_table,
+    read_column_map,
     readable,
     shares_by_size,
 )
@@ -66,6 +72,20 @@ class DataArguments:
             "number to the power of 1/T, or a weight for `data_root` and each of `mix`."
         },
     )
+    data_format: list[str] = field(
+        default_factory=lambda: ["folder"],
+        metadata={
+            "help": f"What `data_root` is: a 'folder' as above, one of {', '.join(FORMATS)} as it is published, or a "
+            "YAML file of columns, and `data_root` a folder or a data set of the Hub. With `mix`, one for each or one "
+            "for all."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training rows of a data set of the Hub, or of parquet files, without keeping them."
+        },
+    )
     ignored_class: int = field(
         default=IGNORE_INDEX, metadata={"help": "Class in the files of segmentation and parts that means 'no label'."}
     )
@@ -76,6 +96,9 @@ class DataArguments:
     on_bad_sample: str = field(
         default="raise",
         metadata={"help": "'raise' the error, or 'skip' samples that cannot be read: they are named and left out."},
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first images of a split alone. None: on all."}
     )
     num_images: int = field(
         default=360, metadata={"help": "Generated scenes in the split `train`; others have an eighth."}
@@ -97,6 +120,9 @@ class SplitArguments(DataArguments):
     )
     val_fraction: float = field(default=0.1, metadata={"help": "That part, as a share."})
     test_split: str = field(default="test", metadata={"help": "Split of the reported figures; it chooses nothing."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first images of the split alone. None: on all."}
+    )
     augment: bool = field(default=True, metadata={"help": "Random scale-crop (1, 1.2, 1.5) and horizontal flip."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per batch and process."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches; 0: none."})
@@ -202,7 +228,9 @@ def parse_weights(texts: Sequence[str], tasks: Sequence[Mapping[str, Any]]) -> d
     return weights
 
 
-def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_size: int) -> Dataset:
+def open_split(
+    args: DataArguments, split: str, tasks: Sequence[Task], image_size: int, most: int | None = None
+) -> Dataset:
     """The samples of one split: of a folder, or generated.
 
     Args:
@@ -210,6 +238,7 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
         split: Name of a folder, or of a set of generated scenes; splits share no scene.
         tasks: Whose labels to read.
         image_size: Of generated scenes, in pixels.
+        most: So many of its first samples, of each folder of a mixture. None: all.
 
     Raises:
         ValueError: If generated scenes have more classes than a task, for another `on_bad_sample`, or if no folder has
@@ -227,18 +256,46 @@ def open_split(args: DataArguments, split: str, tasks: Sequence[Task], image_siz
                     f"{SYNTHETIC_TASKS[task.name]}."
                 )
         num_images = args.num_images if split == "train" else max(1, args.num_images // 8)
-        return SyntheticScenes(split, num_images, image_size, args.data_seed, [task.name for task in tasks])
+        scenes = SyntheticScenes(split, num_images, image_size, args.data_seed, [task.name for task in tasks])
+        return _first(scenes, most)
+    formats = _formats(args)
     if not args.mix:
-        return _open_folder(args, args.data_root, split, tasks)
-    roots = [args.data_root, *args.mix]
-    found = {root: _tasks_there(args, root, split, tasks) for root in roots}
+        return _first(_open_one(args, args.data_root, formats[args.data_root], split, tasks), most)
+    found = {root: _tasks_there(args, root, kind, split, tasks) for root, kind in formats.items()}
     if missing := [task.name for task in tasks if not any(task in there for there in found.values())]:
-        raise ValueError(f"none of {', '.join(roots)} has labels of {', '.join(missing)} in the split {split!r}")
-    return MixedTasks({root: _open_folder(args, root, split, there) for root, there in found.items()})
+        raise ValueError(f"none of {', '.join(formats)} has labels of {', '.join(missing)} in the split {split!r}")
+    return MixedTasks(
+        {root: _first(_open_one(args, root, formats[root], split, there), most) for root, there in found.items()}
+    )
 
 
-def _tasks_there(args: DataArguments, root: str, split: str, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks that a folder has labels of, or of whose kind it can derive some."""
+def _first(dataset: Dataset, most: int | None) -> Dataset:
+    return dataset if most is None or most >= len(dataset) else Subset(dataset, range(most))
+
+
+def _formats(args: DataArguments) -> dict[str, str]:
+    """The format of each place that images come from."""
+    roots, formats = [args.data_root, *args.mix], args.data_format
+    for kind in formats:
+        if kind != "folder" and kind not in FORMATS and Path(kind).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"`data_format` has {kind!r}; allowed: 'folder', {', '.join(FORMATS)}, or a YAML file.")
+    if len(formats) not in (1, len(roots)):
+        raise ValueError(f"`data_format` is {formats}; allowed: one, or one for each of {', '.join(roots)}.")
+    return dict(zip(roots, formats * len(roots) if len(formats) == 1 else formats, strict=True))
+
+
+def _columns(kind: str) -> tuple[Mapping[str, Column], str]:
+    """Where rows of a format have labels and images."""
+    return (FORMATS[kind].columns, "image") if kind in FORMATS else read_column_map(kind)
+
+
+def _tasks_there(args: DataArguments, root: str, kind: str, split: str, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks that a place has labels of, or of whose kind it can derive some."""
+    if kind != "folder":
+        columns = _columns(kind)[0]
+        if not any(task.name in columns for task in tasks):
+            raise ValueError(f"{root} ({kind}) has labels of {', '.join(columns)} alone")
+        return [task for task in tasks if task.name in columns]
     folder = Path(root, split)
     derivable = args.derive_edges and any(
         (folder / name).is_dir() for name in ["segmentation", *(t.name for t in tasks if t.kind == "segmentation")]
@@ -249,13 +306,14 @@ def _tasks_there(args: DataArguments, root: str, split: str, tasks: Sequence[Tas
     return there
 
 
-def _open_folder(args: DataArguments, root: str, split: str, tasks: Sequence[Task]) -> Dataset:
-    folders = {task.name for task in tasks if task.kind in ("segmentation", "parts")}
-    edges = [task for task in tasks if task.kind == "edges"]
-    if args.derive_edges and not folders and any(not Path(root, split, t.name).is_dir() for t in edges):
-        folders = {"segmentation"}
-    ignored = {} if args.ignored_class == IGNORE_INDEX else dict.fromkeys(folders, args.ignored_class)
-    dataset = FolderDataset(root, split, tasks, args.derive_edges, ignored, allow_unlabelled=args.allow_unlabelled)
+def _open_one(args: DataArguments, root: str, kind: str, split: str, tasks: Sequence[Task]) -> Dataset:
+    if kind == "folder":
+        dataset = _open_folder(args, root, split, tasks)
+    elif kind in FORMATS:
+        dataset = FORMATS[kind].open(root, split, tasks)
+    else:
+        columns, image = read_column_map(kind)
+        dataset = open_table(root, split, tasks, columns, image)
     if args.on_bad_sample == "raise":
         return dataset
     found, problems = readable(dataset)
@@ -265,25 +323,64 @@ def _open_folder(args: DataArguments, root: str, split: str, tasks: Sequence[Tas
     return found
 
 
+def _open_folder(args: DataArguments, root: str, split: str, tasks: Sequence[Task]) -> FolderDataset:
+    folders = {task.name for task in tasks if task.kind in ("segmentation", "parts")}
+    edges = [task for task in tasks if task.kind == "edges"]
+    if args.derive_edges and not folders and any(not Path(root, split, t.name).is_dir() for t in edges):
+        folders = {"segmentation"}
+    ignored = {} if args.ignored_class == IGNORE_INDEX else dict.fromkeys(folders, args.ignored_class)
+    return FolderDataset(root, split, tasks, args.derive_edges, ignored, allow_unlabelled=args.allow_unlabelled)
+
+
 def open_splits(
     args: SplitArguments, seed: int, tasks: Sequence[Task], image_size: int
-) -> tuple[AugmentedDataset, Dataset, Dataset]:
+) -> tuple[AugmentedDataset | ColumnStream, Dataset, Dataset]:
     """Training, validation and test images. Without a validation split, training images are held out for it.
 
     Which images, in which order and how augmented depends on their number and the seed, not on the tasks.
     """
     read = partial(open_split, args, tasks=tasks, image_size=image_size)
-    train_set, test_set = read(args.train_split), read(args.test_split)
+    scales, flip = ((1.0, 1.2, 1.5), 0.5) if args.augment else ((1.0,), 0.0)
+    augmentation = JointAugmentation(tasks, scales, flip)
+    if args.streaming:
+        return _open_streamed(args, seed, tasks, augmentation, read)
+    train_set = read(args.train_split, most=args.max_train_samples)
+    test_set = read(args.test_split, most=args.max_eval_samples)
     if args.val_split is not None:
-        val_set = read(args.val_split)
+        val_set = read(args.val_split, most=args.max_eval_samples)
     elif isinstance(train_set, MixedTasks):
         train_set, val_set = train_set.split_off(lambda size: max(1, round(args.val_fraction * size)), seed)
     else:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = max(1, round(args.val_fraction * len(train_set)))
         train_set, val_set = Subset(train_set, sorted(order[held_out:])), Subset(train_set, sorted(order[:held_out]))
-    scales, flip = ((1.0, 1.2, 1.5), 0.5) if args.augment else ((1.0,), 0.0)
-    return AugmentedDataset(train_set, JointAugmentation(tasks, scales, flip), seed), val_set, test_set
+    return AugmentedDataset(train_set, augmentation, seed), val_set, test_set
+
+
+def _open_streamed(
+    args: SplitArguments, seed: int, tasks: Sequence[Task], augmentation: JointAugmentation, read: Callable
+) -> tuple[ColumnStream, Dataset, Dataset]:
+    """Training rows are streamed; those of evaluation are kept, for each process has its own of them.
+
+    Without a validation split, the first of the training rows are held out for it.
+    """
+    (kind,), root = args.data_format if len(args.data_format) == 1 else ("",), args.data_root
+    if root is None or args.mix or args.on_bad_sample != "raise" or kind in ("folder", ""):
+        raise ValueError(
+            f"`streaming` is asked for with `data_root` {root!r}, `data_format` {args.data_format}, `mix` {args.mix} "
+            f"and `on_bad_sample` {args.on_bad_sample!r}; it needs one data set of rows, none of whose samples is bad."
+        )
+    if kind in FORMATS and FORMATS[kind].is_of_files(root, args.train_split):
+        raise ValueError(f"`streaming` is asked for, but {root} is a folder of {kind} files, no data set of rows.")
+    _formats(args)
+    columns, image = _columns(kind)
+    stream = partial(open_stream, root, args.train_split, tasks, columns, augmentation, seed, image=image)
+    test_set = read(args.test_split, most=args.max_eval_samples)
+    if args.val_split is not None:
+        return stream(most=args.max_train_samples), read(args.val_split, most=args.max_eval_samples), test_set
+    held_out = max(1, round(args.val_fraction * len(stream(most=args.max_train_samples))))
+    most = args.max_train_samples and args.max_train_samples - held_out
+    return stream(skip=held_out, most=most), read(f"{args.train_split}[:{held_out}]"), test_set
 
 
 def mixed_sampler(args: DataArguments, seed: int, dataset: Dataset) -> MixedSampler | None:
@@ -326,7 +423,7 @@ def make_loader(
     loader = DataLoader(
         dataset,
         batch_size=args.per_device_train_batch_size,
-        shuffle=sampler is None,
+        shuffle=sampler is None and not isinstance(dataset, ColumnStream),
         sampler=sampler,
         drop_last=True,
         collate_fn=collator,

@@ -183,7 +183,10 @@ def check_images(benchmark: Benchmark) -> None:
     """Refuse a folder whose images are not the protocol's."""
     protocol = benchmark.protocol
     args = engine.DataArguments(
-        data_root=benchmark.data_root, ignored_class=protocol.ignored_class, derive_edges=protocol.derive_edges
+        data_root=benchmark.data_root,
+        data_format=[protocol.data_format],
+        ignored_class=protocol.ignored_class,
+        derive_edges=protocol.derive_edges,
     )
     for split, folder in protocol.folders.items():
         protocol.check_split(split, engine.open_split(args, folder, protocol.tasks, 0))

@@ -42,7 +42,8 @@ def main() -> None:
     base = model.get_base_model()
     tasks = [base.task(name) for name in base.task_names]
     collator = data.Collator(tasks, peft_talora.load_image_processor(folder))
-    dataset = engine.open_split(args, args.split, tasks, base.config.vision_config.image_size)
+    image_size = base.config.vision_config.image_size
+    dataset = engine.open_split(args, args.split, tasks, image_size, args.max_eval_samples)
     order = engine.resolve_task_order(args.task_order, accelerator.device, base.task_conditional)
     metrics, _ = evaluation.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
     for task, figures in metrics.items():

@@ -329,7 +329,10 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
     distributed = DistributedDataParallelKwargs()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        # Of a stream, every process reads its own rows: one that reads for all would have to send them.
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=args.seed, dispatch_batches=False
+        ),
         kwargs_handlers=[distributed],
     )
     wanted = args.task_order

@@ -1,8 +1,11 @@
 """A tiny real SAM, shared by the tests: four blocks, windows, padding, relative positions; milliseconds a pass."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of rows that are read from parquet
 
 import pytest
 import torch
@@ -25,6 +28,10 @@ if Version(transformers.__version__) < Version("5.23"):  # the method's former n
     PreTrainedModel.activation_checkpointing_enable = _enable
 
 IMAGE_SIZE = 64
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def make_sam(seed: int = 0) -> SamModel:

@@ -5,12 +5,14 @@ import math
 import runpy
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_sam
+from format_cases import scene, write_parquet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -216,3 +218,20 @@ def test_wrong_arguments_are_named(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         call("train.py", *arguments, "--output_dir", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_of_rows_is_trained_on_and_resumed_to_the_same_weights(arguments, tmp_path):
+    """Of parquet files as the Hub has them; the first rows are held out, and a part of the split is trained on."""
+    write_parquet(tmp_path / "set", {"train": 12, "val": 3}, size=(48, 64), make=partial(scene, size=(48, 64)))
+    tasks = ["segmentation=13", "depth=1", "normals=3"]
+    more = ["--data_root", tmp_path / "set", "--data_format", "nyuv2-13", "--streaming", "--test_split", "val"]
+    more += ["--max_train_samples", 9, "--max_eval_samples", 2]
+    train(arguments, "talora", tasks, tmp_path / "whole", *more)
+    results = read_results(tmp_path / "whole")
+    assert results["images"] == {"train": 8, "validation": 1, "test": 2}
+    assert list(results["after"]) == ["segmentation", "depth", "normals"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{step}")
+    train(arguments, "talora", tasks, tmp_path / "resumed", *more, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")

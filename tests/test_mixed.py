@@ -5,14 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from format_cases import scene, write_nyud, write_parquet
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from peft_talora import engine, make_task
-from peft_talora.data import MixedSampler, MixedTasks, shares_by_size
+from peft_talora.data import BadSample, MixedSampler, MixedTasks, shares_by_size
 from peft_talora.data.mixed import apportion
 
 SEGMENTATION, DEPTH, EDGES = (make_task(n, c) for n, c in {"segmentation": 4, "depth": 1, "edges": 1}.items())
+PARTS = make_task("parts", 7)
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -153,3 +155,43 @@ def test_other_ways_to_mix_are_refused(words, folders):
     dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
     with pytest.raises(ValueError, match=r"`mix_by` is .*; allowed: 'proportional', 'temperature=T', or 2 weights"):
         engine.mixed_sampler(args, 0, dataset)
+
+
+def test_places_of_different_formats_are_one_data_set(folders, tmp_path):
+    write_nyud(tmp_path / "nyud")
+    write_parquet(tmp_path / "rows", {"train": 3, "val": 2})
+    columns = tmp_path / "map.yaml"
+    columns.write_text("tasks: {depth: {column: depth, scale: 2}}")
+    places = {"data_root": folders[0], "mix": [str(tmp_path / "nyud"), str(tmp_path / "rows")]}
+    args = engine.DataArguments(**places, data_format=["folder", "nyud-40", str(columns)])
+    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64, most=2)
+    assert dataset.sizes == [2, 1, 2]
+    with pytest.raises(BadSample, match=r"0003\.png: label of task 'segmentation' holds 39"):
+        dataset[2]
+    assert np.array_equal(dataset[4]["labels"]["depth"], 2 * scene(1)["depth"])
+    others = engine.DataArguments(data_root=args.mix[0], mix=args.mix[1:], data_format=args.data_format[1:])
+    with pytest.raises(ValueError, match=r"nyud \(nyud-40\) has labels of segmentation, depth, normals, edges alone"):
+        engine.open_split(others, "train", [PARTS], 64)
+    for formats, words in (
+        (["folders"], "`data_format` has 'folders'; allowed: 'folder', nyuv2-13"),
+        (["folder", "nyud-40"], "allowed: one, or one for each of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.open_split(engine.DataArguments(**places, data_format=formats), "train", [DEPTH], 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"data_format": ["nyuv2-13"], "mix": ["more"]}, {"data_format": ["nyuv2-13"], "on_bad_sample": "skip"}],
+)
+def test_only_one_data_set_of_rows_is_streamed(changes, folders):
+    args = engine.SplitArguments(data_root=folders[0], streaming=True, **changes)
+    with pytest.raises(ValueError, match="`streaming` is asked for with"):
+        engine.open_splits(args, 0, [DEPTH], 64)
+
+
+def test_files_are_not_streamed(tmp_path):
+    write_nyud(tmp_path)
+    args = engine.SplitArguments(data_root=str(tmp_path), streaming=True, data_format=["nyud-40"])
+    with pytest.raises(ValueError, match="is a folder of nyud-40 files"):
+        engine.open_splits(args, 0, [DEPTH], 64)

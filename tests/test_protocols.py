@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from peft_talora import FolderDataset, SyntheticScenes
-from peft_talora.benchmark.protocols import CAMVID_2, PROTOCOLS, SYNTHETIC_3, SYNTHETIC_6, link_first_images
-from peft_talora.data import SYNTHETIC_TASKS
+from peft_talora.benchmark.protocols import CAMVID_2, PROTOCOLS, SYNTHETIC_3, SYNTHETIC_6
+from peft_talora.data import FORMATS, SYNTHETIC_TASKS
 from peft_talora.engine import parse_task
 
 ALL = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
@@ -91,11 +91,10 @@ def test_other_data_does_not_get_the_protocol_s_name(streets):
         replace(small, image_size=(360, 480)).check_split("train", dataset)
 
 
-def test_links_to_the_first_images_are_a_smaller_protocol(streets, tmp_path):
-    for val, expected in ((1, 2), (0, 4)):  # where train.py holds out a tenth, there is more to hold out from
-        protocol = replace(CAMVID_2, images={"train": 5, "val": val, "test": 1}, test_split="test")
-        for _ in range(2):
-            root = link_first_images(str(streets), tmp_path / "first", protocol, 2)
-        samples = FolderDataset(root, "train", CAMVID_2.tasks, True, {"segmentation": 11})
-        assert samples.names == ["0", "1", "2", "3"][:expected]
-        assert (samples[1]["labels"]["segmentation"] == 255).all()
+def test_published_data_is_read_as_it_is_published():
+    for name in ("nyuv2-13", "cityscapes-7", "pascal-mtlora", "pascal-invpt"):
+        protocol = PROTOCOLS[name]
+        published = FORMATS[protocol.data_format]
+        assert {task.name for task in protocol.tasks} <= published.columns.keys()
+        assert published.images == {"train": protocol.images["train"], "val": protocol.images["test"]}
+        assert protocol.train_arguments()["data_format"] == [published.name]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 
 from ..files import write_aside, write_json
 from .jobs import run_jobs
 from .plan import Benchmark
-from .protocols import link_first_images
 from .records import describe_commit, describe_hardware
 
 
@@ -54,7 +54,9 @@ def measure_cost(benchmark: Benchmark, steps: int, rounds: int) -> None:
     if protocol.generated:
         short["num_images"] = images
     else:
-        others["data_root"] = link_first_images(benchmark.data_root, benchmark.work / "first-images", protocol, images)
+        # Where there is no validation split, train.py holds some out of them.
+        held_out = 0 if "val" in protocol.folders else math.ceil(images / 9) + 1
+        others |= {"max_train_samples": images + held_out, "max_eval_samples": 2}
     measured: dict[str, list[dict]] = {name: [] for name in variants}
     for turn in range(rounds):
         for name, choices in variants.items():

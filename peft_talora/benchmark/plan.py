@@ -80,7 +80,7 @@ class Benchmark:
             shared |= self.changes
         images = None
         if protocol is self.protocol and self.data_root is not None:
-            images = describe_images(self.data_root, protocol.folders.values())
+            images = describe_images(self.data_root, protocol.folders.values(), protocol.data_format)
         return {
             **shared,
             "base": self.base,

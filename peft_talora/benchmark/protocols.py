@@ -6,11 +6,8 @@ Cityscapes, and the two PASCAL-Context protocols with other saliency figures are
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ..losses import IGNORE_INDEX
@@ -34,8 +31,8 @@ class Protocol:
         encoder_size: Long side of the encoder's input in pixels; None is the base checkpoint's own.
         figures: Task → the metrics that enter table and Δm; those of a task that is not named here all do.
         test_split: Folder of the split `test`.
-        generated: Whether the images are generated scenes; otherwise they are in a folder laid out as `FolderDataset`
-            reads it.
+        generated: Whether the images are generated scenes.
+        data_format: How they are laid out otherwise: `folder` as `FolderDataset` reads them, or one of `FORMATS`.
         ignored_class: Class in the files of segmentation and parts that means "no label".
         derive_edges: Whether edges are the borders of segmentation.
         augment: Whether training images are scaled, cropped and flipped.
@@ -52,6 +49,7 @@ class Protocol:
     figures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     test_split: str = "test"
     generated: bool = False
+    data_format: str = "folder"
     ignored_class: int = IGNORE_INDEX
     derive_edges: bool = False
     augment: bool = True
@@ -94,6 +92,7 @@ class Protocol:
             "ignored_class": self.ignored_class,
             "derive_edges": self.derive_edges,
             "augment": self.augment,
+            "data_format": None if self.data_format == "folder" else [self.data_format],
         }
         return {name: value for name, value in arguments.items() if value is not None}
 
@@ -103,10 +102,11 @@ class Protocol:
             raise ValueError(f"`data_root` is {data_root!r}; the scenes of protocol {self.name!r} are generated")
         if not self.generated and data_root is None:
             tasks = ", ".join(task.name for task in self.tasks)
-            raise ValueError(
-                f"protocol {self.name!r} needs `data_root`: a folder with <split>/image and <split>/<task> for the "
-                f"splits {', '.join(self.folders.values())} and the tasks {tasks} ({self.source})"
-            )
+            what = f"{self.data_format} as it is published"
+            if self.data_format == "folder":
+                splits = ", ".join(self.folders.values())
+                what = f"a folder with <split>/image and <split>/<task> for the splits {splits} and the tasks {tasks}"
+            raise ValueError(f"protocol {self.name!r} needs `data_root`: {what} ({self.source})")
 
     def check_split(self, split: str, dataset: Sized) -> None:
         """Raise ValueError unless a split (`train`, `val` or `test`) has the protocol's images.
@@ -118,32 +118,6 @@ class Protocol:
         size = tuple(dataset[0]["image"].shape[1:])
         if self.image_size is not None and size != self.image_size:
             raise ValueError(f"split {split!r} has images of {size}; {self.name!r} has {self.image_size} pixels")
-
-
-def link_first_images(data_root: str, target: Path, protocol: Protocol, train_images: int) -> str:
-    """Make a folder of links to a protocol's first images and their labels, for short runs.
-
-    Args:
-        data_root: Folder of the whole.
-        target: The folder to make; what is there is replaced.
-        protocol: Whose splits it has.
-        train_images: Images that are trained on; those that train.py holds out (a tenth) come on top. Other splits
-            get two images.
-
-    Returns:
-        `target`, absolute.
-    """
-    source, target = Path(data_root).resolve(), target.resolve()
-    shutil.rmtree(target, ignore_errors=True)
-    counts = dict.fromkeys(protocol.folders, 2)
-    counts["train"] = train_images if "val" in counts else math.ceil(train_images / 0.9) + 1
-    for split, folder in protocol.folders.items():
-        stems = sorted({path.stem for path in (source / folder / "image").iterdir()})[: counts[split]]
-        for path in (path for path in (source / folder).glob("*/*") if path.stem in stems):
-            link = target / path.relative_to(source)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-    return str(target)
 
 
 _SEGMENTATION_13 = make_task("segmentation", 13)
@@ -190,8 +164,7 @@ CAMVID_2 = Protocol(
     derive_edges=True,
 )
 
-# The split named `val` is the one that all papers report on, so it is the test split here and chooses nothing. The
-# Hub's copy of the data marks unlabelled pixels by -1; files as `FolderDataset` reads them have 255.
+# The split named `val` is the one that all papers report on, so it is the test split here and chooses nothing.
 NYUV2_13 = Protocol(
     name="nyuv2-13",
     tasks=(_SEGMENTATION_13, _DEPTH, _NORMALS),
@@ -205,6 +178,7 @@ NYUV2_13 = Protocol(
         "normals": ("mean_angle", "median_angle", "within_11.25", "within_22.5", "within_30"),
     },
     test_split="val",
+    data_format="nyuv2-13",
 )
 
 # What papers call depth here is inverse depth, not metres; 0 is unknown. The scale-crop divides depth by the scale,
@@ -219,6 +193,7 @@ CITYSCAPES_7 = Protocol(
     image_size=(128, 256),
     figures={"inverse_depth": ("absolute_error", "relative_error")},
     test_split="val",
+    data_format="cityscapes-7",
     augment=False,
 )
 
@@ -234,6 +209,7 @@ PASCAL_MTLORA = Protocol(
     source="PASCAL-Context as in MTLoRA (arXiv:2403.20320)",
     figures={"segmentation": ("miou",), "saliency": ("miou",), "normals": ("mean_angle",)},
     test_split="val",
+    data_format="pascal-context",
 )
 
 # Saliency by maxF, and edges. Papers have odsF of the BSDS benchmark's MATLAB code; `EdgesMetric` says how ours
@@ -252,6 +228,7 @@ PASCAL_INVPT = Protocol(
         "edges": ("ods_f",),
     },
     test_split="val",
+    data_format="pascal-context",
 )
 
 PROTOCOLS: dict[str, Protocol] = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..data import FORMATS
 from ..files import write_aside, write_json
 from ..methods.adapters import AdapterArguments
 
@@ -24,7 +25,16 @@ OWN_ARGUMENTS = frozenset(
 )
 """What a method or variant may choose; all else is the same in all runs of a table."""
 
-LATER_ARGUMENTS = {"mix": [], "mix_by": ["proportional"], "on_bad_sample": "raise", "weighting": "fixed"}
+LATER_ARGUMENTS = {
+    "mix": [],
+    "mix_by": ["proportional"],
+    "on_bad_sample": "raise",
+    "weighting": "fixed",
+    "data_format": ["folder"],
+    "streaming": False,
+    "max_train_samples": None,
+    "max_eval_samples": None,
+}
 """What older records do not say: arguments that train.py did not have yet, with the value that does what it did."""
 
 
@@ -154,12 +164,20 @@ def describe_code(root: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def describe_images(data_root: str, folders: Iterable[str]) -> str:
-    """The first digits of the SHA-256 of names and sizes of all files in the folders of a data set's splits."""
+def describe_images(data_root: str, folders: Iterable[str], data_format: str = "folder") -> str:
+    """The first digits of the SHA-256 of names and sizes of all files of a data set's splits.
+
+    Of a data set of the Hub, which has no files here, it is that of its name.
+    """
     digest = hashlib.sha256()
     for folder in sorted(folders):
-        for file in sorted(path for path in Path(data_root, folder).glob("*/*") if path.is_file()):
+        files = sorted(path for path in Path(data_root, folder).glob("*/*") if path.is_file())
+        if data_format != "folder":
+            files = FORMATS[data_format].files(data_root, folder)
+        for file in files:
             digest.update(f"{file.relative_to(data_root)}\0{file.stat().st_size}\0".encode())
+    if not Path(data_root).exists():
+        digest.update(data_root.encode())
     return digest.hexdigest()[:12]
 
 

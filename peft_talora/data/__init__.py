@@ -24,26 +24,45 @@ Datasets are sequences of samples (``__len__``, ``__getitem__``); a `Collator` m
 """
 
 from .bad_samples import BadSample, readable
+from .cityscapes import CITYSCAPES_7, CITYSCAPES_19
 from .collate import Collator, make_image_processor
+from .columns import Column, ColumnDataset, read_column_map
 from .folder import FolderDataset
+from .format import Format
 from .mixed import MixedSampler, MixedTasks, shares_by_size
+from .nyud import NYUD_40
+from .nyuv2 import NYUV2_13
 from .object_scenes import ObjectScenes
+from .pascal_context import PASCAL_CONTEXT
+from .rows import ColumnStream, open_rows, open_stream, open_table
 from .synthetic import TASKS as SYNTHETIC_TASKS
 from .synthetic import SyntheticScenes
 from .transforms import AugmentedDataset, JointAugmentation
 
+FORMATS = {f.name: f for f in (NYUV2_13, CITYSCAPES_7, CITYSCAPES_19, PASCAL_CONTEXT, NYUD_40)}
+"""Published data sets that are read as they are, by name."""
+
 __all__ = [
+    "FORMATS",
     "SYNTHETIC_TASKS",
     "AugmentedDataset",
     "BadSample",
     "Collator",
+    "Column",
+    "ColumnDataset",
+    "ColumnStream",
     "FolderDataset",
+    "Format",
     "JointAugmentation",
     "MixedSampler",
     "MixedTasks",
     "ObjectScenes",
     "SyntheticScenes",
     "make_image_processor",
+    "open_rows",
+    "open_stream",
+    "open_table",
+    "read_column_map",
     "readable",
     "shares_by_size",
 ]

@@ -21,7 +21,7 @@ class BadSample(ValueError):
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path | str) -> Iterator[None]:
     """Inside, whatever is wrong with a file is a `BadSample` that names it."""
     try:
         yield

@@ -16,20 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..losses import IGNORE_INDEX
 from ..tasks import Task
 from .bad_samples import reading
 from .edges import boundaries
+from .values import IMAGE_MODES, IMAGE_SUFFIXES, image_of, to_array, vectors_of
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 LABEL_SUFFIXES = (".png", ".npy")
-IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-"""Pillow's modes of 8 bits or less: an image of 16 bits would silently lose half of them."""
 _SEGMENTATION = "segmentation"
 _BINARY_KINDS = ("edges", "saliency")
-_SHORTEST_VECTOR = 0.1
 
 
 class FolderDataset(torch.utils.data.Dataset):
@@ -92,8 +88,8 @@ class FolderDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
         with reading(self.images[name]):
-            pixels = read_image(self.images[name])
-        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+            source = str(self.images[name])
+            image = torch.from_numpy(image_of(to_array(self.images[name], IMAGE_MODES, source), source))
         labels = {}
         for task in self.tasks:
             path = self.labels[task.name].get(name)
@@ -131,18 +127,6 @@ class FolderDataset(torch.utils.data.Dataset):
         return torch.from_numpy(classes.astype(np.int64))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """The pixels (H, W, 3), uint8, of an image of at most 8 bits.
-
-    Raises:
-        ValueError: for one of more bits.
-    """
-    with Image.open(path) as file:
-        if file.mode not in IMAGE_MODES:
-            raise ValueError(f"{path} is an image of mode {file.mode}; allowed: {', '.join(IMAGE_MODES)}")
-        return np.array(file.convert("RGB"))
-
-
 def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """Files by stem."""
     if not folder.is_dir():
@@ -161,25 +145,15 @@ def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _read_array(path: Path, modes: Sequence[str]) -> np.ndarray:
-    """An npy as it is, or the pixels of a png in one of Pillow's ``modes``."""
-    if path.suffix.lower() == ".npy":
-        return np.load(path, allow_pickle=False)
-    with Image.open(path) as file:
-        if file.mode not in modes:
-            raise ValueError(f"{path} is an image of mode {file.mode}; allowed: {', '.join(modes)}")
-        return np.array(file)
-
-
 def _read_classes(path):
-    classes = _read_array(path, ("L", "P"))
+    classes = to_array(path, ("L", "P"), str(path))
     if not np.issubdtype(classes.dtype, np.integer):
         raise ValueError(f"{path} holds {classes.dtype}; allowed: integer class ids")
     return classes
 
 
 def _read_depth(path, scale):
-    depth = _read_array(path, ("I;16", "I;16B", "I")).astype(np.float32)
+    depth = to_array(path, ("I;16", "I;16B", "I"), str(path)).astype(np.float32)
     return depth if path.suffix.lower() == ".npy" else depth * np.float32(scale)
 
 
@@ -194,11 +168,8 @@ def _refuse_white_on_black(classes, task_name, path):
 
 
 def _read_vectors(path):
-    vectors = _read_array(path, ("RGB",)).astype(np.float32)
-    if vectors.ndim == 3 and vectors.shape[0] != 3:
-        vectors = np.ascontiguousarray(vectors.transpose(2, 0, 1))
-    if path.suffix.lower() == ".npy":
-        return vectors
-    vectors = vectors / np.float32(127.5) - 1
-    length = np.sqrt((vectors**2).sum(axis=0))
-    return np.where(length < _SHORTEST_VECTOR, 0, vectors / np.maximum(length, _SHORTEST_VECTOR)).astype(np.float32)
+    vectors = to_array(path, ("RGB",), str(path))
+    if path.suffix.lower() != ".npy":
+        return vectors_of(vectors, str(path))
+    vectors = vectors.astype(np.float32)
+    return np.ascontiguousarray(vectors.transpose(2, 0, 1)) if vectors.ndim == 3 and vectors.shape[0] != 3 else vectors
