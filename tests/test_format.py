@@ -66,8 +66,7 @@ def test_parquet_of_the_hub(tmp_path, name, column, tasks):
 
 def test_cityscapes_own_tree(tmp_path):
     write_cityscapes_19(tmp_path)
-    tasks = [make_task("segmentation", 19), make_task("disparity", 1, "depth"), make_task("depth", 1)]
-    first, second = FORMATS["cityscapes-19"].open(tmp_path, "train", tasks)
+    first, second = FORMATS["cityscapes-19"].open(tmp_path, "train", FORMATS["cityscapes-19"].tasks)
     assert [first["name"], second["name"]] == ["aachen_000001_000019", "bochum_000000_000313"]
     assert set(first["labels"]) == {"segmentation"}
     assert first["labels"]["segmentation"][0].tolist() == [0, 18, 255, 255, 13, 2, 1, 255]
@@ -77,8 +76,7 @@ def test_cityscapes_own_tree(tmp_path):
 
 def test_pascal_context(tmp_path):
     write_pascal(tmp_path)
-    tasks = [make_task("segmentation", 21), make_task("parts", 7), make_task("saliency", 1)]
-    tasks += [make_task("normals", 3), make_task("edges", 1)]
+    tasks = FORMATS["pascal-context"].tasks
     assert {task.name for task in tasks} == {task.name for task in PASCAL_INVPT.tasks}
     both, alone = FORMATS["pascal-context"].open(tmp_path, "train", tasks)
     assert both["labels"]["segmentation"][0, :4].tolist() == [0, 15, 20, 255]
@@ -101,8 +99,7 @@ def test_normals_of_pascal_context_are_those_of_indoor_classes(tmp_path):
 
 def test_nyud(tmp_path):
     write_nyud(tmp_path)
-    tasks = [make_task("segmentation", 40), make_task("depth", 1), make_task("normals", 3), make_task("edges", 1)]
-    (sample,) = FORMATS["nyud-40"].open(tmp_path, "train", tasks)
+    (sample,) = FORMATS["nyud-40"].open(tmp_path, "train", FORMATS["nyud-40"].tasks)
     assert sample["name"] == "0003"
     assert sample["labels"]["segmentation"][0, :4].tolist() == [255, 0, 39, 1]
     assert np.array_equal(sample["labels"]["depth"], scene(3)["depth"])

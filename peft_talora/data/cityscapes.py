@@ -6,7 +6,8 @@ cityscapes-7   128 × 256 pixels. Rows: ``image`` (3, H, W) in [0, 1], ``segment
                of its parquet files. Files: ``{train,val}/{image,label_7,depth}/<number>.npy`` of (H, W, 3), (H, W) and
                (H, W, 1)
 cityscapes-19  1024 × 2048 pixels. ``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png``, and by the same names
-               ``gtFine/…_gtFine_labelIds.png``, ``disparity/…_disparity.png`` and ``camera/…_camera.json``
+               ``gtFine/…_gtFine_labelIds.png``, ``disparity/…_disparity.png`` and ``camera/…_camera.json``. Disparity
+               is in pixels, depth in metres
 =============  ========================================================================================================
 """
 
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..tasks import make_task
 from .columns import Column
 from .format import Format, Row, list_numbered
 from .values import DEPTH_MODES, to_array
 
 CITYSCAPES_7 = Format(
     name="cityscapes-7",
+    tasks=(make_task("segmentation", 7), make_task("inverse_depth", 1, "depth")),
     columns={
         "segmentation": Column("segmentation_7", ignored=(-1,)),
         "inverse_depth": Column("depth"),
@@ -34,7 +37,6 @@ CITYSCAPES_7 = Format(
     marker="{split}/image",
     hub="tanganke/cityscapes",
 )
-"""Tasks ``segmentation`` (7 classes) and ``inverse_depth`` (of kind depth)."""
 
 OFFICIAL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Ids in ``labelIds`` of the 19 classes that are evaluated, in the order of their train ids."""
@@ -81,6 +83,7 @@ def list_own(root: Path, split: str) -> list[Row]:
 
 CITYSCAPES_19 = Format(
     name="cityscapes-19",
+    tasks=(make_task("segmentation", 19), make_task("disparity", 1, "depth"), make_task("depth", 1)),
     columns={
         "segmentation": Column("labelIds", classes={theirs: ours for ours, theirs in enumerate(OFFICIAL_IDS)}),
         "disparity": Column("disparity", read=read_disparity),
@@ -91,4 +94,3 @@ CITYSCAPES_19 = Format(
     list_rows=list_own,
     marker="leftImg8bit/{split}",
 )
-"""Tasks ``segmentation`` (19 classes), ``disparity`` in pixels (of kind depth) and ``depth`` in metres."""

@@ -17,6 +17,7 @@ class Format:
 
     Attributes:
         name: of the data set, as `--data_format` gives it.
+        tasks: all that it has labels of.
         columns: task → column of its labels.
         published: where the files are, in words and links.
         images: split → images that the published one has; splits that are not named have any number.
@@ -26,12 +27,16 @@ class Format:
     """
 
     name: str
+    tasks: tuple[Task, ...]
     columns: Mapping[str, Column]
     published: str
     images: Mapping[str, int]
     list_rows: Callable[[Path, str], list[Row]] = field(repr=False)
     marker: str
     hub: str | None = None
+
+    def __post_init__(self):
+        check_tasks(self.tasks, self.columns, self.name)
 
     def is_of_files(self, root: str | Path, split: str) -> bool:
         """Whether ``root`` is a folder of files; else it is one of parquet, or a name on the Hub."""

@@ -14,6 +14,7 @@ Normals keep the axes that the files have: angles between predictions and labels
 
 from pathlib import Path
 
+from ..tasks import make_task
 from .columns import Column
 from .format import Format, Row, read_list
 
@@ -39,6 +40,7 @@ def list_rows(root: Path, split: str) -> list[Row]:
 
 NYUD_40 = Format(
     name="nyud-40",
+    tasks=(make_task("segmentation", 40), make_task("depth", 1), make_task("normals", 3), make_task("edges", 1)),
     columns={
         "segmentation": Column("segmentation", classes={number: number - 1 for number in range(1, 41)}),
         "depth": Column("depth"),
@@ -50,4 +52,3 @@ NYUD_40 = Format(
     list_rows=list_rows,
     marker="gt_sets",
 )
-"""Tasks ``segmentation`` (40 classes), ``depth``, ``normals`` and ``edges``."""

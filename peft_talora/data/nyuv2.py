@@ -11,11 +11,13 @@ Normals keep the axes that the files have: angles between predictions and labels
 
 from functools import partial
 
+from ..tasks import make_task
 from .columns import Column
 from .format import Format, list_numbered
 
 NYUV2_13 = Format(
     name="nyuv2-13",
+    tasks=(make_task("segmentation", 13), make_task("depth", 1), make_task("normals", 3)),
     columns={
         "segmentation": Column("segmentation", ignored=(-1,)),
         "depth": Column("depth"),
@@ -30,4 +32,3 @@ NYUV2_13 = Format(
     marker="{split}/image",
     hub="tanganke/nyuv2",
 )
-"""Tasks ``segmentation`` (13 classes), ``depth`` and ``normals``."""

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..tasks import make_task
 from .columns import Column
 from .edges import boundaries
 from .format import Format, Row, read_list
@@ -127,6 +128,13 @@ def list_rows(root: Path, split: str) -> list[Row]:
 
 PASCAL_CONTEXT = Format(
     name="pascal-context",
+    tasks=(
+        make_task("segmentation", 21),
+        make_task("parts", 7),
+        make_task("saliency", 1),
+        make_task("normals", 3),
+        make_task("edges", 1),
+    ),
     columns={
         "segmentation": Column("segmentation"),
         "parts": Column("parts", read=read_parts),
@@ -142,4 +150,3 @@ PASCAL_CONTEXT = Format(
     list_rows=list_rows,
     marker="ImageSets/Context",
 )
-"""Tasks ``segmentation`` (21 classes), ``parts`` (7), ``saliency``, ``normals`` and ``edges``."""
