@@ -65,6 +65,6 @@ def test_what_is_missing_or_wrong_is_said(prepare, tmp_path):
 
 def test_parquet(prepare, tmp_path):
     write_parquet(tmp_path / "data", {"train": 3, "val": 2})
-    code, lines = prepare("nyuv2-13")
+    _, lines = prepare("nyuv2-13")
     assert lines[1].split()[:3] == ["train", "3", "795"]
     assert "4 files" in lines[3]
