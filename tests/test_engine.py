@@ -1,5 +1,6 @@
 """The training step, evaluation and arguments, on a tiny real SAM."""
 
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +72,54 @@ def test_folded_and_sequential_give_the_same_losses_and_gradients(accelerator, m
     for name, grad in found["folded"][1].items():
         scale = grad.abs().max().clamp(min=1e-6)
         torch.testing.assert_close(found["sequential"][1][name] / scale, grad / scale, atol=1e-8, rtol=0, msg=name)
+
+
+class HeldTensors:
+    """What autograd holds for a backward pass beside the parameters, in bytes: `peak` is the most at a time."""
+
+    def __init__(self, model):
+        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.held, self.peak = {}, 0
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.parameters:
+            return (tensor,)
+        key = storage.data_ptr()
+        uses, size = self.held.get(key, (0, storage.nbytes()))
+        self.held[key] = uses + 1, size
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        packed = Packed([tensor])
+        weakref.finalize(packed, self.release, key)
+        return packed
+
+    def release(self, key):
+        uses, size = self.held.pop(key)
+        if uses > 1:
+            self.held[key] = uses - 1, size
+
+    def unpack(self, packed):
+        return packed[0]
+
+
+class Packed(list):
+    """A list that can be referred to weakly."""
+
+
+def test_task_by_task_holds_the_activations_of_one_task(accelerator, model, collator, scenes):
+    batch = collator([scenes[0], scenes[1]])
+
+    def peak(order, tasks):
+        held = HeldTensors(model)
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
+            labels = {name: batch["labels"][name] for name in tasks}
+            engine.backward(accelerator, model, {**batch, "labels": labels}, order, WEIGHTS)
+        assert not held.held, "all is let go after backward"
+        return held.peak
+
+    alone = [peak("folded", [name]) for name in TASKS]
+    assert peak("sequential", TASKS) < 1.02 * max(alone)
+    assert peak("folded", TASKS) > 0.95 * sum(alone)
 
 
 @pytest.mark.parametrize("order", ["folded", "sequential"])
