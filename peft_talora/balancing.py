@@ -50,6 +50,12 @@ class Balancer:
 
     def __post_init__(self):
         object.__setattr__(self, "named", {n: p for n, p in self.model.named_parameters() if p.requires_grad})
+        kind, accumulated = self.accelerator.distributed_type, self.accelerator.gradient_accumulation_steps
+        if kind is DistributedType.DEEPSPEED and (self.order != "folded" or accumulated > 1):
+            raise ValueError(
+                f"`task_order` is {self.order!r} and `gradient_accumulation_steps` {accumulated}; with DeepSpeed, "
+                "which takes a step in every backward pass, allowed: 'folded' and 1."
+            )
         if not isinstance(self.weighting, GradientWeighting):
             return
         if self.order != "sequential":
@@ -61,7 +67,6 @@ class Balancer:
                 "mixed precision is 'fp16', whose gradients are scaled; a weighting that needs gradients allows: "
                 "'no', 'bf16'."
             )
-        kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 f"the model is split over processes by {kind.value}; a weighting that needs gradients allows data "

@@ -2,6 +2,7 @@
 
     accelerate launch recipes/train.py                                   # generated scenes, small SAM, any machine
     accelerate launch --num_processes 8 recipes/train.py --base facebook/sam-vit-base --data_root my_data ...
+    accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/train.py ...   # beside it: nodes, CPUs, ZeRO
     accelerate launch recipes/train.py --config my.yaml                  # arguments from a file; flags win
     accelerate launch recipes/train.py --method lora-hps                 # `peft_talora/methods` has the methods
 

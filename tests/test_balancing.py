@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from balancing_cases import BATCH, GIVEN, TASKS, batch_of, make_collator, make_model, train
 from safetensors.torch import load_file
 
@@ -221,3 +222,15 @@ def test_what_cannot_be_weighed_is_refused(accelerator, model):
     finally:
         accelerator.state._mixed_precision = "no"
     replace(balancer, order="folded", weighting=make_weighting("fixed", list(TASKS), GIVEN))
+
+
+def test_deepspeed_takes_a_step_in_every_backward_pass(accelerator, model, monkeypatch):
+    collator, weighting = make_collator(model), make_weighting("fixed", list(TASKS), GIVEN)
+    balancer = Balancer(accelerator, model, collator.tasks, weighting)
+    monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match=r"'sequential' and .* 1; with DeepSpeed"):
+        replace(balancer)
+    replace(balancer, order="folded")
+    monkeypatch.setattr(accelerator, "gradient_accumulation_steps", 2)
+    with pytest.raises(ValueError, match=r"'folded' and .* 2; with DeepSpeed"):
+        replace(balancer, order="folded")

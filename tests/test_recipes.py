@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -378,8 +379,11 @@ def by_two(small, tmp_path_factory):
     torchrun += ["--learning_rate", "3e-4"]
     changes = {order: ["--updates", "joint", "--task_order", order] for order in ("sequential", "folded")}
     changes["alternating"] = ["--updates", "alternating"]
+    configured = [*PYTHON, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    configured += [RECIPES / "accelerate" / "cpu_2.yaml", *torchrun[torchrun.index(TRAIN) :]]
+    commands = dict.fromkeys(changes, torchrun) | {"alternating": configured}
     folders = {name: tmp_path_factory.mktemp(name) for name in changes}
-    outputs = {name: run(torchrun, *flags, "--output_dir", folders[name]) for name, flags in changes.items()}
+    outputs = {name: run(commands[name], *flags, "--output_dir", folders[name]) for name, flags in changes.items()}
     return folders, outputs
 
 
@@ -411,6 +415,20 @@ def test_two_processes_take_the_steps_per_task_of_one(by_two, small, tmp_path):
     assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [4, 8]
     assert two[-1]["losses"] == pytest.approx(one[-1]["losses"], rel=1e-2)
     assert two[-1]["losses"] != pytest.approx(joint[-1]["losses"], rel=2e-2)
+
+
+def test_every_configuration_of_accelerate_is_one():
+    files = sorted((RECIPES / "accelerate").glob("*.yaml"))
+    assert {file.stem: load_config_from_file(str(file)).num_processes for file in files} == {
+        "cpu_2": 2,
+        "fsdp": 8,
+        "gpu_1": 1,
+        "gpu_8": 8,
+        "nodes_2": 16,
+        "zero2": 8,
+    }
+    for file in files:
+        assert ("Untested" in file.read_text()) == (file.stem != "cpu_2"), file
 
 
 def test_speed_is_measured_of_equal_results_and_figures_of_before_stay(tmp_path, monkeypatch, capsys):
