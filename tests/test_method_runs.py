@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import peft_talora
+from peft_talora import SyntheticScenes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TASKS = ["segmentation", "depth"]
@@ -235,3 +236,23 @@ def test_a_stream_of_rows_is_trained_on_and_resumed_to_the_same_weights(argument
         shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{step}")
     train(arguments, "talora", tasks, tmp_path / "resumed", *more, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_tasks_of_disjoint_folders_are_both_learnt(arguments, tmp_path):
+    """One folder has segmentation alone, the other, of thrice the images, depth alone; they are drawn 2 : 1."""
+    for task, count in (("segmentation", 6), ("depth", 18)):
+        for split, number in (("train", count), ("test", 4)):
+            scenes = SyntheticScenes(split, number, 64, count, [task])
+            for folder in ("image", task):
+                (tmp_path / task / split / folder).mkdir(parents=True)
+            for sample in scenes:
+                pixels = (255 * sample["image"]).byte().permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(tmp_path / task / split / "image" / f"{sample['name']}.png")
+                np.save(tmp_path / task / split / task / f"{sample['name']}.npy", sample["labels"][task].numpy())
+    more = ["--data_root", tmp_path / "segmentation", "--mix", tmp_path / "depth", "--mix_by", 2, 1]
+    more += ["--num_train_epochs", 4, "--save_steps", 999]
+    train(arguments, "talora", ["segmentation=10", "depth=1"], tmp_path / "run", *more)
+    results = read_results(tmp_path / "run")
+    before, after = results["before"], results["after"]
+    assert after["segmentation"]["pixel_accuracy"] > 0.1 + before["segmentation"]["pixel_accuracy"]
+    assert after["depth"]["absolute_error"] < 0.8 * before["depth"]["absolute_error"]

@@ -7,6 +7,7 @@ from format_cases import write_parquet
 
 from peft_talora.benchmark.protocols import NYUV2_13
 from peft_talora.data import FORMATS, JointAugmentation, open_stream, open_table
+from peft_talora.data.rows import count_rows
 from peft_talora.tasks import make_task
 
 TASKS, COLUMNS = NYUV2_13.tasks, FORMATS["nyuv2-13"].columns
@@ -36,6 +37,16 @@ def test_a_stream_has_every_row_once_in_an_order_of_its_epoch(table):
     for sample, place in zip(first, order(first), strict=True):
         for name, label in kept[place]["labels"].items():
             assert torch.equal(sample["labels"][name], label)
+
+
+def test_the_files_themselves_say_how_many_rows_there_are(tmp_path):
+    """Where nothing of the data set was kept yet."""
+    write_parquet(tmp_path / "new", {"train": 5, "val": 3}, shards=2)
+    assert count_rows(str(tmp_path / "new"), "train") == 5
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.csv").write_text("image\n1\n")
+    with pytest.raises(ValueError, match="text does not say how many rows its split 'train' has"):
+        count_rows(str(tmp_path / "text"), "train")
 
 
 def test_rows_are_held_out_of_a_stream(table):
