@@ -1,8 +1,10 @@
 # Two commands: `make train` (trains, evaluates, draws and saves an adapter) and `make test` (the whole suite).
+# Tests run in two processes of one thread each; `make test WORKERS=8` in more.
 # `make test-versions` runs the suite with other versions of Python, PEFT and transformers.
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -13,7 +15,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 # Python, and the versions that it gets; an interpreter that is not here is left out, and said so.
 AXES ?= 3.10:constraints-transformers-oldest.txt 3.11:constraints-peft-oldest.txt 3.12:constraints.txt 3.13:constraints.txt

@@ -1,13 +1,15 @@
 """A few steps of training with weighed tasks, in one process or several: what `test_balancing` compares.
 
-python -m torch.distributed.run --standalone --nproc_per_node 2 tests/balancing_cases.py <sam> <weighting> <file>
+python -m torch.distributed.run --standalone --nproc_per_node 2 tests/balancing_cases.py <sam> <folder>
 """
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from peft import get_peft_model
 from safetensors.torch import save_file
 
@@ -18,6 +20,8 @@ from peft_talora.weighting import make_weighting
 TASKS = {"segmentation": 10, "depth": 1, "normals": 3}
 GIVEN = {"segmentation": 1.0, "depth": 2.0, "normals": 4.0}
 STEPS = 20
+KINDS = ("fixed", "uncertainty", "pcgrad")  # that two processes are compared by
+DTYPES = (torch.float64, torch.float32)
 BATCH = 4  # images of a step, of all processes and accumulated batches
 # Images without labels of some tasks, by their number in the step: half of the step lacks depth and normals, and in
 # every fourth step nobody has normals.
@@ -54,7 +58,10 @@ def batch_of(collator: Collator, step: int, numbers, dtype=torch.float64) -> dic
 
 
 def train(sam: str, kind: str, accumulate: int = 1, steps: int = STEPS, dtype=torch.float64):
-    """Parameters and losses after some steps, each of `BATCH` images; this process takes its share of them."""
+    """Parameters after some steps, losses of each, the model, and a step's median seconds.
+
+    A step has `BATCH` images; this process takes its share of them.
+    """
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, kwargs_handlers=[ddp])
     model = make_model(sam, dtype)
@@ -66,22 +73,40 @@ def train(sam: str, kind: str, accumulate: int = 1, steps: int = STEPS, dtype=to
     balancer = Balancer(accelerator, model, collator.tasks, weighting)
     share = BATCH // (accumulate * accelerator.num_processes)
     begin = accelerator.process_index * share * accumulate
-    losses = []
+    losses, seconds = [], []
     for step in range(steps):
         numbers = [range(begin + k * share, begin + (k + 1) * share) for k in range(accumulate)]
         batches = [batch_of(collator, step, part, dtype) for part in numbers]
+        begun = time.perf_counter()
         losses.append(balancer.backward(batches, step, epoch=step // 5))
         optimizer.step()
         optimizer.zero_grad()
         balancer.after(batches)
-    own = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-    return own, losses, accelerator
+        seconds.append(time.perf_counter() - begun)
+    model = accelerator.unwrap_model(model)
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return own, losses, model, statistics.median(seconds)
+
+
+def outcome(sam: str, kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters after training, losses of the last step in which all tasks have labels, predictions, step time."""
+    own, losses, model, seconds = train(sam, kind, dtype=dtype)
+    base = model.get_base_model().eval()
+    collator = make_collator(model)
+    with torch.no_grad():
+        logits = model(pixel_values=batch_of(collator, 0, [0], dtype)["pixel_values"], tasks=list(TASKS)).logits
+    base.train()
+    found = {f"loss.{name}": value for name, value in losses[-2].items()}
+    found |= {f"logits.{name}": value for name, value in logits.items()}
+    return {**own, **found, "seconds": torch.tensor(seconds)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    own, losses, accelerator = train(*sys.argv[1:3])
-    if accelerator.is_main_process:
-        last = {f"loss.{name}": value for name, value in losses[-2].items()}
-        save_file({name: value.contiguous() for name, value in (own | last).items()}, Path(sys.argv[3]))
-    accelerator.end_training()
+    for kind in KINDS:
+        for dtype in DTYPES:
+            found = outcome(sys.argv[1], kind, dtype)
+            if PartialState().is_main_process:
+                file = Path(sys.argv[2], f"{kind}-{dtype}.safetensors".replace("torch.", ""))
+                save_file({name: value.contiguous() for name, value in found.items()}, file)
+    PartialState().destroy_process_group()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from balancing_cases import BATCH, GIVEN, TASKS, batch_of, make_collator, make_model, train
+from balancing_cases import BATCH, DTYPES, GIVEN, KINDS, TASKS, batch_of, make_collator, make_model, outcome, train
 from safetensors.torch import load_file
 
 from peft_talora import Task, engine, make_task, orthogonality_loss
@@ -98,8 +98,8 @@ def test_what_belongs_to_one_task_has_its_own_weight(accelerator, model):
 @pytest.mark.parametrize("kind", ["fixed", "uncertainty", "db-mtl", "famo", "pcgrad"])
 def test_accumulated_batches_are_one_batch(kind, sam_folder):
     """Though labels are spread unevenly over them, and in the last step nobody has one of the tasks."""
-    whole, losses, _ = train(sam_folder, kind, steps=4)
-    parts, losses_of_parts, _ = train(sam_folder, kind, accumulate=2, steps=4)
+    whole, losses, *_ = train(sam_folder, kind, steps=4)
+    parts, losses_of_parts, *_ = train(sam_folder, kind, accumulate=2, steps=4)
     assert_same(parts, whole)
     for one, other in zip(losses_of_parts, losses, strict=True):
         assert list(one) == list(other)
@@ -108,21 +108,30 @@ def test_accumulated_batches_are_one_batch(kind, sam_folder):
     assert "normals" in losses[0]
 
 
-@pytest.mark.parametrize("kind", ["fixed", "uncertainty", "pcgrad"])
-def test_two_processes_learn_what_one_does(kind, sam_folder, tmp_path):
-    """Twenty steps with partial labels, in float64."""
+@pytest.fixture(scope="module")
+def by_two(sam_folder, tmp_path_factory):
+    """The folder of what two processes learnt."""
+    folder = tmp_path_factory.mktemp("two")
     cases = Path(__file__).parent / "balancing_cases.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(cases)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    file = tmp_path / "two.safetensors"
-    subprocess.run([*launch, sam_folder, kind, str(file)], env=environment, check=True, timeout=240)
-    two = load_file(file)
-    one, losses, _ = train(sam_folder, kind)
-    expected = one | {f"loss.{name}": value for name, value in losses[-2].items()}
-    assert two.keys() == expected.keys()
-    for name, value in expected.items():
-        tolerance = 1e-6 if name.startswith("loss.") else 1e-8  # losses are taken in float32
-        torch.testing.assert_close(two[name], value, atol=tolerance, rtol=tolerance)
+    subprocess.run([*launch, sam_folder, str(folder)], env=environment, check=True, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_does(kind, dtype, sam_folder, by_two):
+    """Twenty steps with partial labels, of the same images."""
+    two = load_file(by_two / f"{kind}-{dtype}.safetensors".replace("torch.", ""))
+    one = outcome(sam_folder, kind, dtype)
+    assert two.keys() == one.keys()
+    close = {"parameters": 1e-8, "losses": 1e-6} if dtype is torch.float64 else {"parameters": 1e-5, "losses": 1e-4}
+    for name, value in one.items():
+        if name == "seconds" or (dtype is torch.float32 and name.endswith("k_proj.bias")):
+            continue  # the true gradient of a key's bias is zero: Adam makes whole steps of what rounding leaves
+        tolerance = close["losses" if name.startswith(("loss.", "logits.")) else "parameters"]
+        torch.testing.assert_close(two[name], value, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_task_of_one_s_own_is_weighed_by_its_labelled_pixels(accelerator, model):
@@ -177,7 +186,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(name):
 
 @pytest.mark.parametrize("kind", WEIGHTINGS)
 def test_every_weighting_trains(kind, sam_folder):
-    own, losses, _ = train(sam_folder, kind, steps=3, dtype=torch.float32)
+    own, losses, *_ = train(sam_folder, kind, steps=3, dtype=torch.float32)
     assert all(value.isfinite().all() for value in own.values())
     assert len(losses) == 3
 
