@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import DistributedType, set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
@@ -336,6 +336,8 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
         ),
         kwargs_handlers=[distributed],
     )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise ValueError("the model is split by FSDP, whose forward passes all processes must do together: use DDP.")
     wanted = args.task_order
     if wanted == "auto" and args.weighting not in LOSS_WEIGHTINGS:
         wanted = "sequential"  # of each task apart
