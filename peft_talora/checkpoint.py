@@ -1,5 +1,8 @@
 """Checkpoints of a training run: written aside and renamed when whole, so that a kill at any moment leaves none half.
 
+A checkpoint's `manifest.json`, written last, has the SHA-256 of all its other files; they are compared before any of
+them is loaded.
+
 Accelerate writes optimiser, scheduler, scaler and random states, and reads them without unpickling objects
 (`weights_only`); the model's part are its adapters alone, as safetensors.
 """
@@ -7,30 +10,34 @@ Accelerate writes optimiser, scheduler, scaler and random states, and reads them
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import extract_model_from_parallel
-from accelerate.utils import load as load_state_file
+from accelerate.utils import extract_model_from_parallel, set_seed
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .files import check_safetensors, sync, write_aside, write_json
+from .files import check_safetensors, digest, sync, write_aside, write_json
 from .hub import WEIGHTS_NAME
 
+MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
 FREE_ARGUMENTS = frozenset(
     {"output_dir", "data_root", "mix", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
-    | {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before"}
+    | {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before", "allow_reshard"}
 )
 """Arguments of train.py that do not decide a run's course: where it reads and writes, how often it saves and reports,
 on how many cores."""
+SHARES = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Arguments whose product is the images of a step: how a step is shared out does not decide which they are."""
 
 
 @dataclass
@@ -142,6 +149,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         if progress.best_loss is not None:
             shutil.copyfile(folder / "best" / WEIGHTS_NAME, aside / BEST_NAME)
         write_json(aside / PROGRESS_NAME, asdict(progress))
+        files = sorted(file for file in aside.rglob("*") if file.is_file())
+        write_json(aside / MANIFEST_NAME, {file.relative_to(aside).as_posix(): digest(file) for file in files})
         sync(aside)
         if target.exists():
             _remove(target)
@@ -155,7 +164,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [file.parent for file in folder.glob(f"checkpoint-*/{PROGRESS_NAME}")]
+    found = [file.parent for file in folder.glob(f"checkpoint-*/{MANIFEST_NAME}")]
     found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
@@ -172,12 +181,20 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
             raise ValueError(f"`resume_from_checkpoint` is 'latest', but {output_dir} holds no checkpoint-<step>.")
         return found[-1]
     path = Path(wanted)
-    if not (path / PROGRESS_NAME).is_file():
-        raise ValueError(f"`resume_from_checkpoint`: {wanted} is no checkpoint; it has no {PROGRESS_NAME}.")
+    if not (path / MANIFEST_NAME).is_file():
+        raise ValueError(f"`resume_from_checkpoint`: {wanted} is no checkpoint; it has no {MANIFEST_NAME}.")
     return path
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wanted: Progress) -> Progress:
+def read_progress(checkpoint: Path) -> Progress:
+    """How far a checkpoint's run was. Raises OSError, naming it, if one of its files is damaged or missing."""
+    _check_files(checkpoint)
+    return Progress(**json.loads((checkpoint / PROGRESS_NAME).read_text()))
+
+
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, folder: Path, wanted: Progress, reshard: bool = False
+) -> Progress:
     """Restore a run, after `accelerator.prepare`; the best adapter goes back to `folder/best`.
 
     Args:
@@ -185,6 +202,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
         checkpoint: As [`find_checkpoint`] gives it.
         folder: The run's output folder.
         wanted: The run to resume, at its beginning: its tasks and arguments.
+        reshard: Let the images of a step be shared out otherwise, over processes, batches and accumulated ones. The
+            steps stay those of the same images; only what is drawn while they are taken, such as dropout, becomes
+            other.
 
     Returns:
         How far the run was.
@@ -193,15 +213,22 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, folder: Path, wa
         ValueError: If it was trained on other tasks or with other arguments; the message names them.
         OSError: If one of its files is damaged; the message names it.
     """
-    progress = Progress(**json.loads((checkpoint / PROGRESS_NAME).read_text()))
+    progress = read_progress(checkpoint)
     if progress.tasks != wanted.tasks:
         raise ValueError(
             f"{checkpoint} was trained on the tasks {_describe(progress.tasks)}, this run has "
             f"{_describe(wanted.tasks)}: resume with the same tasks, or start anew in another `output_dir`."
         )
+    processes = progress.arguments.get("num_processes", accelerator.num_processes)
+    if reshard:
+        _share_out(progress, wanted.arguments, checkpoint)
     check_same_arguments(progress.arguments, wanted.arguments, checkpoint)
-    _check_states(checkpoint, accelerator.num_processes)
     accelerator.load_state(str(checkpoint))
+    if processes != accelerator.num_processes:
+        for scheduler in accelerator._schedulers:  # each has taken a step per process, and will
+            scheduler.scheduler.last_epoch *= accelerator.num_processes / processes
+        if accelerator.process_index >= processes:
+            set_seed(Random(f"{progress.step} {accelerator.process_index}").getrandbits(32))
     if accelerator.is_main_process and progress.best_loss is not None:
         with write_aside(folder / "best") as aside:
             shutil.copyfile(checkpoint / BEST_NAME, aside / WEIGHTS_NAME)
@@ -216,18 +243,32 @@ def check_same_arguments(trained: dict[str, Any], wanted: dict[str, Any], source
         raise ValueError(f"{source} was trained with {', '.join(differing)}: resume with the same arguments.")
 
 
-def _check_states(checkpoint: Path, num_processes: int) -> None:
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        check_safetensors(file)
-    # Accelerate goes on without random states that it cannot read, so the run would silently become another one.
-    names = {f"random_states_{process}.pkl" for process in range(num_processes)}
-    # There is a file for each optimiser, scheduler and weighting: one that is missing is named by Accelerate.
-    names |= {file.name for pattern in ("*.bin", "*.pt", "custom_*.pkl") for file in checkpoint.glob(pattern)}
-    for file in (checkpoint / name for name in sorted(names)):
-        try:
-            load_state_file(file, map_location="cpu")
-        except Exception as error:
-            raise OSError(f"{file}: missing, truncated or corrupt: {error}") from error
+def _check_files(checkpoint: Path) -> None:
+    file = checkpoint / MANIFEST_NAME
+    try:
+        known = json.loads(file.read_text())
+        known = {PROGRESS_NAME: known[PROGRESS_NAME], **known}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise OSError(f"{file}: missing, truncated or corrupt: {error}") from error
+    for name, expected in known.items():
+        file = checkpoint / name
+        if not file.is_file() or digest(file) != expected:
+            raise OSError(f"{file}: missing, truncated or corrupt: it is not what the run has written")
+
+
+def _share_out(progress: Progress, wanted: dict[str, Any], checkpoint: Path) -> None:
+    """Count the batches that were done of the epoch as those of the shares that are wanted now."""
+    trained = progress.arguments
+    before, now = (math.prod(arguments[name] for name in SHARES) for arguments in (trained, wanted))
+    if before != now:
+        described = ", ".join(f"{name}={wanted[name]}" for name in SHARES)
+        raise ValueError(
+            f"{checkpoint} has {before} images a step, and {described} make {now}: give such that make {before}."
+        )
+    # A checkpoint lies between steps: what was done of the epoch is a whole number of any shares of a step, or all.
+    done = progress.batch * trained["num_processes"] * trained["per_device_train_batch_size"]
+    progress.batch = -(-done // (wanted["num_processes"] * wanted["per_device_train_batch_size"]))
+    progress.arguments = {**trained, **{name: wanted[name] for name in SHARES}}
 
 
 def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:
@@ -235,5 +276,5 @@ def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / PROGRESS_NAME).unlink(missing_ok=True)  # first, so that a kill leaves no half that looks whole
+    (checkpoint / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that a kill leaves no half that looks whole
     shutil.rmtree(checkpoint)

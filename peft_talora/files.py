@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Collection
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def _strict(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_strict(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def digest(file: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with Path(file).open("rb") as handle:
+        found = sha256()
+        while block := handle.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def sync(folder: Path) -> None:

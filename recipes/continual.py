@@ -228,7 +228,7 @@ def build(args: ContinualArguments, accelerator: Accelerator) -> Run:
         run.progress.history.append(measure_stage(run, "before", contestant.zero_shot))
         return run
     found = checkpoint.find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-    begun = checkpoint.Progress(**json.loads((found / checkpoint.PROGRESS_NAME).read_text()))
+    begun = checkpoint.read_progress(found)
     checkpoint.check_same_arguments(begun.arguments, run.progress.arguments, found)
     load_learner(run, found)
     run.progress = begun

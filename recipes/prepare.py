@@ -17,9 +17,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from peft_talora.continual.cosam import SOURCES, make_manifest
-from peft_talora.continual.manifest import SPLITS, check_files, digest, read_manifest
+from peft_talora.continual.manifest import SPLITS, check_files, read_manifest
 from peft_talora.data import FORMATS, BadSample
-from peft_talora.files import write_aside, write_json
+from peft_talora.files import digest, write_aside, write_json
 
 NATURAL = "natural"
 

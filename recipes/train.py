@@ -27,6 +27,7 @@ import peft_talora
 from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
 from peft_talora.balancing import Balancer
 from peft_talora.methods import AdapterArguments, Method, find_method
+from peft_talora.stopping import STOPPED, StopSignal
 from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, make_weighting
 
 PLAIN = ("equal", "fixed")  # weightings under which each task can have optimiser steps of its own
@@ -89,6 +90,13 @@ class TrainArguments(engine.SplitArguments, AdapterArguments):
     save_steps: int | None = field(default=None, metadata={"help": "Steps between checkpoints. None: every epoch."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's path, or 'latest'."})
+    allow_reshard: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume with another number of processes, images per batch or batches per step, of which a step "
+            "has as many images as before."
+        },
+    )
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository user/name to upload the result to."})
 
 
@@ -114,6 +122,7 @@ class Run:
     balancers: dict[tuple[str, ...], Balancer]  # by the tasks of an optimiser step
     total_steps: int
     progress: checkpoint.Progress
+    stop: StopSignal
 
     def measure(self, dataset: Dataset):
         """Metrics and losses over a data set."""
@@ -130,30 +139,32 @@ def main() -> None:
     if args.updates is None:
         args.updates = method.updates[0] if args.weighting in PLAIN else "joint"
     check_arguments(args, method)
-    if method.alone is None:
-        train_one(args)
-    else:
-        train_apart(args, method.alone)
+    finished = train_one(args) if method.alone is None else train_apart(args, method.alone)
     PartialState().destroy_process_group()
+    if not finished:
+        raise SystemExit(STOPPED)
 
 
-def train_one(args: TrainArguments) -> None:
-    """Build, train, report what came out."""
+def train_one(args: TrainArguments) -> bool:
+    """Build, train, report what came out. Returns whether the run came to its end: it stops where it is asked to."""
     run = build(args)
-    start(run)
-    train(run)
-    finish(run)
+    with run.stop:
+        start(run)
+        finished = train(run)
+        if finished:
+            finish(run)
     accelerator = run.accelerator
     # Data parallelism holds the process group. Freed as its last holder, it would destroy the group while it keeps
     # Python's lock, for which a thread of the group may be waiting: the process would never end.
     del run
     accelerator.free_memory()
+    return finished
 
 
-def train_apart(args: TrainArguments, method: str) -> None:
+def train_apart(args: TrainArguments, method: str) -> bool:
     """An ordinary run per task, one after another, each in a folder of its own; then the figures of all as one.
 
-    Resumed, runs that are finished stay as they are, and the one under way goes on.
+    Resumed, runs that are finished stay as they are, and the one under way goes on. Returns whether all are finished.
     """
     output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint == "latest"
     folders = {task["name"]: output_dir / task["name"] for task in engine.parse_tasks(args, args.tasks)}
@@ -162,12 +173,13 @@ def train_apart(args: TrainArguments, method: str) -> None:
         single = replace(args, method=method, tasks=[text], output_dir=str(folder), resume_from_checkpoint=begun)
         single.loss_weights = [w for w in args.loss_weights if w.partition("=")[0] == text.partition("=")[0]]
         single.allow_unlabelled = True  # of an image that another task has a label of
-        if not (resume and is_finished(single)):
-            train_one(single)
+        if not (resume and is_finished(single)) and not train_one(single):
+            return False
     if PartialState().is_main_process:
         own = {"method": args.method, "arguments": asdict(args)}
         print("\n" + report.table(report.write_combined_report(output_dir, folders, args, args.test_split, own)))
         print(f"\nThe adapters are in {output_dir} by task; results.json and predictions.png there are of all.")
+    return True
 
 
 def is_finished(args: TrainArguments) -> bool:
@@ -182,33 +194,42 @@ def start(run: Run) -> None:
     """Measure the untrained model, or go on where a checkpoint stopped."""
     if run.args.resume_from_checkpoint is not None:
         folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
-        run.progress = checkpoint.load_checkpoint(run.accelerator, folder, run.output_dir, run.progress)
+        run.progress = checkpoint.load_checkpoint(
+            run.accelerator, folder, run.output_dir, run.progress, reshard=run.args.allow_reshard
+        )
         run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
     elif run.args.measure_before:
         run.progress.before, _ = run.measure(run.test_set)
         run.accelerator.print(f"before training: {report.headline(run.progress.before)}")
 
 
-def train(run: Run) -> None:
-    """All epochs that are left, with validation and checkpoints on the way."""
+def train(run: Run) -> bool:
+    """All epochs that are left, with validation and checkpoints on the way. Returns whether they were all."""
     args, progress = run.args, run.progress
     bar = tqdm(total=run.total_steps, initial=progress.step, desc="training", dynamic_ncols=True)
     while progress.epoch < args.num_train_epochs:
-        train_epoch(run, bar)
+        if not train_epoch(run, bar):
+            return False
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if args.eval_steps is None:
             validate(run)
         if args.save_steps is None:
-            checkpoint.save_checkpoint(run.accelerator, run.output_dir, progress, args.save_total_limit)
+            save(run)
     bar.close()
     if not progress.history or progress.history[-1]["step"] < progress.step:
         validate(run)
     if args.save_steps and progress.step % args.save_steps:
-        checkpoint.save_checkpoint(run.accelerator, run.output_dir, progress, args.save_total_limit)
+        save(run)
+    return True
 
 
-def train_epoch(run: Run, bar: tqdm) -> None:
-    """One pass over the training images, or over what is left of it."""
+def save(run: Run) -> None:
+    """Write a checkpoint."""
+    checkpoint.save_checkpoint(run.accelerator, run.output_dir, run.progress, run.args.save_total_limit)
+
+
+def train_epoch(run: Run, bar: tqdm) -> bool:
+    """One pass over the training images, or over what is left of it. Returns whether it came to its end."""
     args, progress, accelerator = run.args, run.progress, run.accelerator
     run.train_set.set_epoch(progress.epoch)
     if run.sampler is not None:
@@ -239,8 +260,13 @@ def train_epoch(run: Run, bar: tqdm) -> None:
         if args.eval_steps and progress.step % args.eval_steps == 0:
             validate(run)
         if args.save_steps and progress.step % args.save_steps == 0:
-            checkpoint.save_checkpoint(accelerator, run.output_dir, progress, args.save_total_limit)
+            save(run)
+        if run.stop.asked():
+            save(run)
+            accelerator.print(f"\nstopped after step {progress.step}: --resume_from_checkpoint latest goes on")
+            return False
         begun = time.perf_counter()
+    return True
 
 
 def validate(run: Run) -> None:
@@ -305,6 +331,7 @@ def build(args: TrainArguments) -> Run:
         passes=passes,
         balancers=balancers,
         total_steps=total_steps,
+        stop=StopSignal(accelerator),
         progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
     )
 

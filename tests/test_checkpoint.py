@@ -127,6 +127,7 @@ def test_only_what_is_trained_is_saved(run, saved):
     assert all("talora_" in name or "task_heads." in name for name in weights)
     assert {path.name for path in saved.iterdir()} == {
         "adapter_model.safetensors",
+        "manifest.json",
         "optimizer.bin",
         "progress.json",
         "random_states_0.pkl",
@@ -192,7 +193,7 @@ def test_half_removed_and_foreign_folders_are_no_checkpoints(saved, tmp_path):
     for name in ("checkpoint-9", "checkpoint-best", "best"):
         (tmp_path / name).mkdir()
         shutil.copy(saved / "optimizer.bin", tmp_path / name)
-    shutil.copy(saved / "progress.json", tmp_path / "checkpoint-best")
+    shutil.copy(saved / "manifest.json", tmp_path / "checkpoint-best")
     assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-4"]
 
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_is_found_by_path(saved, tmp_path):
     assert find_checkpoint(tmp_path, str(saved)) == saved
     with pytest.raises(ValueError, match=r"'latest', but .*nowhere holds no checkpoint"):
         find_checkpoint(tmp_path / "nowhere", "latest")
-    with pytest.raises(ValueError, match=r"nothing is no checkpoint; it has no progress\.json"):
+    with pytest.raises(ValueError, match=r"nothing is no checkpoint; it has no manifest\.json"):
         find_checkpoint(tmp_path, str(tmp_path / "nothing"))
 
 
@@ -220,7 +221,7 @@ def test_truncated_weights_are_named(kept, run, saved, tmp_path):
     damaged = Path(shutil.copytree(saved, tmp_path / "checkpoint-1"))
     file = damaged / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(OSError, match=r"checkpoint-1/adapter_model\.safetensors: truncated or corrupt"):
+    with pytest.raises(OSError, match=r"checkpoint-1/adapter_model\.safetensors: missing, truncated or corrupt"):
         load_checkpoint(run.accelerator, damaged, tmp_path, Progress(tasks=run.progress.tasks))
 
 
@@ -256,3 +257,48 @@ def test_states_of_a_run_with_two_optimizers_are_named(name, kept, tmp_path):
         file.write_bytes(content[:kept])
     with pytest.raises(OSError, match=name.partition(".")[0]):
         load_checkpoint(accelerator, tmp_path / "checkpoint-1", tmp_path, Progress(tasks=[]))
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl"]
+)
+def test_one_changed_bit_is_named_before_anything_is_loaded(name, run, saved, tmp_path):
+    """Each of the files could still be read."""
+    damaged = Path(shutil.copytree(saved, tmp_path / "checkpoint-1"))
+    content = bytearray((damaged / name).read_bytes())
+    content[-3] ^= 1
+    (damaged / name).write_bytes(content)
+    before = trained(run)
+    with pytest.raises(OSError, match=f"{name}: missing, truncated or corrupt"):
+        load_checkpoint(run.accelerator, damaged, tmp_path, Progress(tasks=run.progress.tasks))
+    assert_same_tensors(trained(run), before)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"progress.json": "0"}'])
+def test_a_damaged_manifest_is_named(content, run, saved, tmp_path):
+    damaged = Path(shutil.copytree(saved, tmp_path / "checkpoint-1"))
+    (damaged / "manifest.json").write_text(content)
+    with pytest.raises(OSError, match=r"checkpoint-1/.*json: missing, truncated or corrupt"):
+        load_checkpoint(run.accelerator, damaged, tmp_path, Progress(tasks=run.progress.tasks))
+
+
+def test_batches_of_an_epoch_are_shared_out_anew(run, tmp_path):
+    def shares(processes, batch, accumulated):
+        return dict(zip(checkpoint.SHARES, (processes, batch, accumulated), strict=True))
+
+    tasks = run.progress.tasks
+    for step, done in ((5, 6), (6, 7)):  # steps of 8 images; of an epoch of 14 batches on each process, all are done
+        began = Progress(tasks=tasks, arguments=shares(2, 2, 2), step=step, batch=done)
+        save_checkpoint(run.accelerator, tmp_path, began, keep=2)
+
+    def load(step, *now):
+        wanted = Progress(tasks=tasks, arguments=shares(*now))
+        return load_checkpoint(run.accelerator, tmp_path / f"checkpoint-{step}", tmp_path, wanted, reshard=True)
+
+    assert [load(5, *now).batch for now in ((1, 8, 1), (4, 1, 2), (1, 1, 8))] == [3, 6, 24]
+    assert load(6, 1, 8, 1).batch == 4, "what was left over of the epoch is done as well"
+    assert load(5, 1, 8, 1).arguments == shares(1, 8, 1)
+    with pytest.raises(
+        ValueError, match=r"has 8 images a step, and num_processes=1, .* make 4: give such that make 8"
+    ):
+        load(5, 1, 4, 1)

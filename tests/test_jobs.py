@@ -84,7 +84,7 @@ def goes_on(tmp_path):
         resumed = "--resume_from_checkpoint" in job.results()["flags"]
         assert checkpoint.exists() == resumed, "what another run left is deleted"
         checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "progress.json").write_text("{}")
+        (checkpoint / "manifest.json").write_text("{}")
         return resumed
 
     return start

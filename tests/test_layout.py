@@ -42,6 +42,7 @@ ALLOWED = {
         "small_sam",
         "tasks",
     },
+    "stopping": set(),
     "weighting": set(),
     "balancing": {"engine", "tasks", "weighting"},
     "evaluation": {"data", "engine", "metrics", "tasks"},

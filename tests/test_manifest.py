@@ -11,12 +11,12 @@ from peft_talora.continual.manifest import (
     ManifestImages,
     check_files,
     coco_mask,
-    digest,
     labelme_mask,
     read_manifest,
     read_pixels,
     unpack_runs,
 )
+from peft_talora.files import digest
 
 H, W = 6, 9
 

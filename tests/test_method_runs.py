@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import runpy
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import peft_talora
-from peft_talora import SyntheticScenes
+from peft_talora import SyntheticScenes, checkpoint, results
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TASKS = ["segmentation", "depth"]
@@ -256,3 +258,40 @@ def test_tasks_of_disjoint_folders_are_both_learnt(arguments, tmp_path):
     before, after = results["before"], results["after"]
     assert after["segmentation"]["pixel_accuracy"] > 0.1 + before["segmentation"]["pixel_accuracy"]
     assert after["depth"]["absolute_error"] < 0.8 * before["depth"]["absolute_error"]
+
+
+@pytest.mark.parametrize("weighting", ["uncertainty", "db-mtl"])
+def test_a_resumed_run_weighs_its_tasks_as_before(weighting, arguments, tmp_path):
+    train(arguments, "talora", TASKS, tmp_path / "whole", "--weighting", weighting)
+    found = tmp_path / "whole" / "checkpoint-4"
+    resume = ["--weighting", weighting, "--resume_from_checkpoint", found]
+    train(arguments, "talora", TASKS, tmp_path / "resumed", *resume)
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    damaged = found / "custom_checkpoint_0.pkl"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(OSError, match=f"{damaged}: missing, truncated or corrupt"):
+        train(arguments, "talora", TASKS, tmp_path / "resumed", *resume)
+
+
+@pytest.mark.parametrize("method", ["talora", "lora-stl"])
+def test_a_run_that_is_asked_to_stop_saves_and_is_resumed_to_the_same_weights(method, arguments, trained, tmp_path):
+    """SIGTERM in the middle of step 3 of 6: it is taken to its end; of a run per task no other one begins."""
+    taken, before = results.note_step, signal.getsignal(signal.SIGTERM)
+
+    def note_step(progress, seconds):
+        taken(progress, seconds)
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "note_step", note_step)
+        with pytest.raises(SystemExit) as stopped:
+            train(arguments, method, TASKS, tmp_path)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    folder = tmp_path / (TASKS[0] if method in SINGLE else "")
+    assert checkpoint.find_checkpoint(folder, "latest").name == "checkpoint-3"
+    assert not (tmp_path / TASKS[1]).exists()
+    train(arguments, method, TASKS, tmp_path, "--resume_from_checkpoint", "latest")
+    for name in TASKS if method in SINGLE else [""]:
+        assert_same_weights(tmp_path / name, trained / method / name)

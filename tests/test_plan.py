@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_if_the_code_is_the_same(tmp_path, changed):
     arguments = {**benchmark.settings(SYNTHETIC_3), **variants["talora"], "seed": 0}
     interrupted = benchmark.job("talora-seed0", SYNTHETIC_3, arguments)
     interrupted.start().wait()
-    progress = interrupted.folder / "checkpoint-1" / "progress.json"
+    progress = interrupted.folder / "checkpoint-1" / "manifest.json"
     progress.parent.mkdir()
     progress.write_text("{}")
     if changed:

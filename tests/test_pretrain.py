@@ -17,6 +17,7 @@ from transformers import SamModel
 
 from peft_talora import checkpoint, load_image_processor, make_small_sam, promptable
 from peft_talora.data import ObjectScenes
+from peft_talora.files import digest
 from peft_talora.prompts import mask_boxes
 from peft_talora.small_sam import take_over
 
@@ -260,6 +261,8 @@ def test_another_number_of_processes_does_not_go_on_but_may_measure(finished, tm
         assert progress["arguments"].pop("num_processes") == 1
         progress["arguments"]["num_processes"] = 2
         file.write_text(json.dumps(progress))
+        manifest = file.with_name("manifest.json")
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), file.name: digest(file)}))
 
     def resume(folder):
         reset()

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import peft_talora
+from peft_talora import checkpoint
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TRAIN, EVALUATE = str(RECIPES / "train.py"), str(RECIPES / "evaluate.py")
@@ -187,20 +188,6 @@ def test_a_killed_run_resumes_to_the_same_weights(small, runs):
     resumed, uninterrupted = read_results(killed), read_results(trained)
     for key in ("before", "after", "history", "best_step"):
         assert resumed[key] == uninterrupted[key], key
-
-
-@pytest.mark.parametrize("weighting", ["uncertainty", "db-mtl"])
-def test_a_resumed_run_weighs_its_tasks_as_before(weighting, small, tmp_path):
-    flags = [*small, *REPEATABLE, "--weighting", weighting]
-    run(PYTHON, TRAIN, *flags, "--output_dir", tmp_path / "whole")
-    resume = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6", "--output_dir", tmp_path / "resumed"]
-    assert "step 6 of 8" in run(PYTHON, TRAIN, *flags, *resume)
-    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
-    damaged = tmp_path / "whole" / "checkpoint-6" / "custom_checkpoint_0.pkl"
-    damaged.write_bytes(damaged.read_bytes()[:50])
-    code, output = finish(start(PYTHON, TRAIN, *flags, *resume))
-    assert code != 0
-    assert f"{damaged}: missing, truncated or corrupt" in output
 
 
 @pytest.mark.parametrize(
@@ -407,14 +394,59 @@ def test_two_processes_learn_the_same_in_both_orders(by_two):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-2)
 
 
-def test_two_processes_take_the_steps_per_task_of_one(by_two, small, tmp_path):
+@pytest.fixture(scope="module")
+def by_one(small, tmp_path_factory):
+    """The folder of a run of the same steps by one process, and its flags."""
+    folder = tmp_path_factory.mktemp("one")
     flags = ["--learning_rate", 3e-4, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
-    run(PYTHON, TRAIN, *small, *flags, "--output_dir", tmp_path)
-    one, two = (read_results(folder)["history"] for folder in (tmp_path, by_two[0]["alternating"]))
+    run(PYTHON, TRAIN, *small, *flags, "--output_dir", folder)
+    return folder, flags
+
+
+def test_two_processes_take_the_steps_per_task_of_one(by_two, by_one):
+    one, two = (read_results(folder)["history"] for folder in (by_one[0], by_two[0]["alternating"]))
     joint = read_results(by_two[0]["sequential"])["history"]
     assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [4, 8]
     assert two[-1]["losses"] == pytest.approx(one[-1]["losses"], rel=1e-2)
     assert two[-1]["losses"] != pytest.approx(joint[-1]["losses"], rel=2e-2)
+
+
+def test_one_process_goes_on_where_two_stopped(by_two, by_one, small, tmp_path, monkeypatch, capsys):
+    """The steps that are left are those of the same images, at the same learning rates."""
+    found = by_two[0]["alternating"] / "checkpoint-6"
+    resume = ["--resume_from_checkpoint", found, "--output_dir", tmp_path, "--num_threads", torch.get_num_threads()]
+
+    def go_on(*flags):
+        monkeypatch.setattr(sys, "argv", [TRAIN, *map(str, [*small, *by_one[1], *resume, *flags])])
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        load_recipe(TRAIN).main()
+
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 \(now 4\), num_processes=2 \(now 1\)"):
+        go_on()
+    with pytest.raises(ValueError, match=r"has 4 images a step, and .* make 8: give such that make 4"):
+        go_on("--allow_reshard", "--per_device_train_batch_size", 2)
+    go_on("--allow_reshard")
+    assert "checkpoint-6: step 6 of 8" in capsys.readouterr().out
+    one, resumed = (read_results(folder)["history"] for folder in (by_one[0], tmp_path))
+    assert [entry["step"] for entry in resumed] == [4, 8]
+    assert resumed[-1]["losses"] == pytest.approx(one[-1]["losses"], rel=1e-2)
+
+
+def test_two_processes_stop_together_if_one_is_asked_to(small, tmp_path):
+    launch = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN, *small]
+    launched = start(launch, "--per_device_train_batch_size", 1, "--num_train_epochs", 99, "--output_dir", tmp_path)
+    try:
+        while not (tmp_path / "checkpoint-7").exists():
+            assert launched.poll() is None, launched.communicate()[0]
+            time.sleep(0.05)
+        children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+    finally:
+        _, output = finish(launched)
+    assert output.count("stopped after step") == 1
+    assert "exitcode  : 143" in output
+    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    assert checkpoint.find_checkpoint(tmp_path, "latest").name == f"checkpoint-{stopped}"
 
 
 def test_every_configuration_of_accelerate_is_one():

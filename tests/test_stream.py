@@ -8,7 +8,6 @@ import torch
 import yaml
 from PIL import Image
 
-from peft_talora.continual.manifest import digest
 from peft_talora.continual.scenes import DOMAINS, DomainScenes
 from peft_talora.continual.stream import (
     Domain,
@@ -22,6 +21,7 @@ from peft_talora.continual.stream import (
     split_off,
 )
 from peft_talora.data import AugmentedDataset
+from peft_talora.files import digest
 
 
 def names_of(dataset):

@@ -110,7 +110,7 @@ class Job:
     def command(self) -> list[str]:
         """What is called."""
         arguments = {**self.arguments, **self.others, "output_dir": str(self.folder)}
-        if any(self.folder.glob("**/checkpoint-*/progress.json")):
+        if any(self.folder.glob("**/checkpoint-*/manifest.json")):
             arguments["resume_from_checkpoint"] = "latest"
         return [sys.executable, str(self.script), *as_flags(arguments)]
 

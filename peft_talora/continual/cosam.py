@@ -25,7 +25,8 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from .manifest import VERSION, coco_index, digest, read_mask
+from ..files import digest
+from .manifest import VERSION, coco_index, read_mask
 
 TEST_SHARE = 0.2
 LEAST = 1 / 1000  # of a square cut from a rail, of its damage

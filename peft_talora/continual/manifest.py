@@ -26,7 +26,6 @@ and an entry has
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +33,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
+from ..files import digest
+
 VERSION = 1
 SPLITS = ("train", "test")
 _KEYS = {"version", "domain", "order", "seed", "images"}
 _ENTRY = {"image", "sha256", "split", "mask", "mask_sha256"}
 _WHITE = 128
-
-
-def digest(file: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with Path(file).open("rb") as handle:
-        found = sha256()
-        while block := handle.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def read_manifest(file: str | Path) -> dict:

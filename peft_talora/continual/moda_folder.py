@@ -13,7 +13,6 @@ Nothing that ``moda.json`` names is ever written over: what has changed gets a n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..files import check_safetensors, write_aside, write_json
+from ..files import check_safetensors, digest, write_aside, write_json
 from .adapters import StockAdapters
 from .moda import MoDAModel
 from .queries import make_query
@@ -195,7 +194,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*"))}
+    return {file.name: digest(file) for file in sorted(folder.glob("*"))}
 
 
 def _damage(folder: Path, files: Mapping[str, str]) -> str | None:
