@@ -95,7 +95,7 @@ def test_evaluation_repeats_the_figures_of_every_folder(method, trained, tmp_pat
     parts = {trained / method / task: {task: after[task]} for task in TASKS}
     for folder, expected in (parts if method in PER_TASK else {trained / method: after}).items():
         assert read_results(folder)["after"] == expected
-        call("evaluate.py", "--adapter", folder, "--output", tmp_path / "figures.json")
+        call("evaluation.py", "--adapter", folder, "--output", tmp_path / "figures.json")
         found = json.loads((tmp_path / "figures.json").read_text())
         if method == "mtlora":  # two LoRAs were added up to one, in another order of sums
             assert found.keys() == expected.keys()
@@ -176,7 +176,7 @@ def test_tasks_see_the_same_images_where_labels_are_missing(method, arguments, t
     for task in TASKS:
         results = read_results(run / task)
         assert results["images"] == {"train": 4, "validation": 4, "test": 4}
-        call("evaluate.py", "--adapter", run / task, "--output", tmp_path / "figures.json")
+        call("evaluation.py", "--adapter", run / task, "--output", tmp_path / "figures.json")
         figures = json.loads((tmp_path / "figures.json").read_text())
         assert figures[task] == pytest.approx(results["after"][task], rel=1e-2)
 

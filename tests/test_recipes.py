@@ -24,7 +24,7 @@ import peft_talora
 from peft_talora import checkpoint
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TRAIN, EVALUATE = str(RECIPES / "train.py"), str(RECIPES / "evaluate.py")
+TRAIN, EVALUATE = str(RECIPES / "train.py"), str(RECIPES / "evaluation.py")
 PYTHON = [sys.executable]
 TASKS = ["segmentation", "depth", "normals"]
 SMALL = ["--num_images", "16", "--per_device_train_batch_size", "2", "--num_train_epochs", "2", "--num_threads", "1"]

@@ -1,8 +1,8 @@
 """Evaluate a trained adapter on a split.
 
-    python recipes/evaluate.py --adapter runs/train                       # the figures of its results.json again
-    python recipes/evaluate.py --adapter runs/train/depth                 # of a method with an adapter per task
-    accelerate launch --num_processes 8 recipes/evaluate.py --adapter user/name --data_root my_data --split test
+    python recipes/evaluation.py --adapter runs/train                       # the figures of its results.json again
+    python recipes/evaluation.py --adapter runs/train/depth                 # of a method with an adapter per task
+    accelerate launch --num_processes 8 recipes/evaluation.py --adapter user/name --data_root my_data --split test
 
 Data, split, batch size and task order default to what the adapter was trained with, as its `results.json` says.
 """
