@@ -8,7 +8,7 @@ from .data import AugmentedDataset, Collator, FolderDataset, JointAugmentation, 
 from .hub import load, load_image_processor, push_to_hub, save_adapter
 from .lora import from_loras, to_lora
 from .losses import IGNORE_INDEX
-from .metrics import delta_m
+from .metrics import delta_m, metric_path
 from .msam import MSamConfig, MSamModel, MSamOutput
 from .plotting import draw_predictions
 from .small_sam import SMALL_SAM, make_small_sam, save_small_sam
@@ -47,6 +47,7 @@ __all__ = [
     "make_query",
     "make_small_sam",
     "make_task",
+    "metric_path",
     "orthogonality_loss",
     "push_to_hub",
     "save_adapter",

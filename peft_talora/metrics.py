@@ -9,6 +9,7 @@ makes the figures at the end. Adding up the states of several processes gives th
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -242,6 +243,22 @@ class SaliencyMetric(Metric):
         f = (1 + self._BETA_SQUARED) * right / (self._BETA_SQUARED * salient.sum() + predicted)
         confusion = torch.stack([background, salient]).view(2, 2, self._BINS // 2).sum(-1)
         return f.max() if salient.any() else math.nan, _mean_iou(confusion)
+
+
+def metric_path(kind: str) -> str:
+    """The folder of a kind's metric as a module of the library `evaluate`: `evaluate.load(metric_path("depth"))`.
+
+    Args:
+        kind: segmentation, parts, depth, normals, edges or saliency.
+
+    Raises:
+        ValueError: for another one.
+    """
+    folder = Path(__file__).parent / "evaluate_modules"
+    kinds = sorted(path.parent.name for path in folder.glob("*/*.py"))
+    if kind not in kinds:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(kinds)}")
+    return str(folder / kind)
 
 
 def delta_m(

@@ -5,7 +5,8 @@ import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of rows that are read from parquet
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of rows that are read from parquet, and of metrics
+os.environ |= dict.fromkeys(("HF_METRICS_CACHE", "HF_MODULES_CACHE"), os.environ["HF_DATASETS_CACHE"])
 
 import pytest
 import torch

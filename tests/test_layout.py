@@ -43,6 +43,8 @@ ALLOWED = {
         "tasks",
     },
     "stopping": set(),
+    "metric_module": {"metrics"},
+    "evaluate_modules": {"__init__", "metrics"},  # `evaluate` copies these out of the package
     "weighting": set(),
     "balancing": {"engine", "tasks", "weighting"},
     "evaluation": {"data", "engine", "metrics", "tasks"},
