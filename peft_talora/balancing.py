@@ -34,6 +34,7 @@ class Balancer:
         order: Of their passes; one after another where the weighting takes the gradients of each apart.
         activate: Called with the tasks of each pass before it.
         regularizer: Gives a scalar that is added to the losses, unweighed.
+        used: The weights of the last step by task, of those that had labels.
 
     Raises:
         ValueError: If the weighting does not go with the order, the precision or the way of several processes.
@@ -47,6 +48,7 @@ class Balancer:
     activate: Activate = keep_active
     regularizer: Callable[[], Tensor] | None = None
     named: dict[str, nn.Parameter] = field(init=False)
+    used: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "named", {n: p for n, p in self.model.named_parameters() if p.requires_grad})
@@ -110,6 +112,57 @@ class Balancer:
             sums = [self._losses(batch, parts) for batch in batches]
         self.weighting.note_after(self._whole(sums)[labelled_S], labelled_S)
 
+    def cosines(self, batches: Batches) -> dict[tuple[str, str], float]:
+        """The cosine between the gradients of every two tasks that have labels, of the parameters that are shared.
+
+        There must be no gradients, and none are left; random numbers are drawn as if this had not been called.
+        """
+        batches = self._own_labels(batches)
+        counts = count_labels(self.accelerator, self.tasks, batches)
+        labelled = self._labelled(counts).tolist()
+        device = self.accelerator.device
+        others = (
+            {"devices": []} if device.type in ("cpu", "mps") else {"devices": [device], "device_type": device.type}
+        )
+        with torch.random.fork_rng(**others):
+            parts = counts_of_part(self.accelerator, counts)
+            gradients_TN, _ = self._gradients(self._parted()[1], batches, parts)
+        for parameter in self.named.values():
+            parameter.grad = None
+        unit_TN = nn.functional.normalize(gradients_TN.double(), dim=1)
+        cosine_TT = (unit_TN @ unit_TN.T).tolist()
+        return {
+            (self.tasks[a].name, self.tasks[b].name): cosine_TT[a][b]
+            for place, a in enumerate(labelled)
+            for b in labelled[place + 1 :]
+        }
+
+    def _note_used(self, weights: Mapping[str, float]) -> None:
+        self.used.clear()
+        self.used.update(weights)
+
+    def _parted(self) -> tuple[dict[str, list[str]], list[nn.Parameter]]:
+        """The names of each task's own parameters, and the parameters that are shared."""
+        own = {task.name: _own(self.named, task.name) for task in self.tasks}
+        alone = {name for names in own.values() for name in names}
+        return own, [parameter for name, parameter in self.named.items() if name not in alone]
+
+    def _gradients(self, shared: Sequence[nn.Parameter], batches: Batches, parts) -> tuple[Tensor, Tensor]:
+        """Each task's gradient of the shared parameters (T, N), and its loss (T,), of the whole step.
+
+        Shared parameters are left without gradients, each task's own with those of this process.
+        """
+        rows, losses = [], [{} for _ in batches]
+        for task in self.tasks:
+            for batch, found in zip(batches, losses, strict=True):
+                part = {**batch, "labels": {task.name: batch["labels"][task.name]}}
+                with self.accelerator.no_sync(self.model):
+                    found |= backward(
+                        self.accelerator, self.model, part, "sequential", {task.name: 1.0}, None, self.activate, parts
+                    )
+            rows.append(_taken(shared))
+        return self._average(torch.stack(rows)), self._whole(losses)
+
     def _labelled(self, counts: Mapping[str, Tensor]) -> Tensor:
         """Positions (S,) of the tasks that have labels in a step."""
         return torch.tensor([bool(counts[task.name].sum() > 0) for task in self.tasks]).nonzero()[:, 0]
@@ -120,6 +173,7 @@ class Balancer:
 
     def _weigh_losses(self, batches: Batches, parts, step: int) -> Tensor:
         weights = dict(zip((t.name for t in self.tasks), self.weighting.weights(step).tolist(), strict=True))
+        self._note_used(weights)
         losses = []
         for batch in batches:
             # Several processes average their gradients once, with those of the last batch.
@@ -139,25 +193,14 @@ class Balancer:
         return self._whole(losses)
 
     def _weigh_gradients(self, batches: Batches, parts, labelled_S: Tensor, step: int) -> Tensor:
-        own = {task.name: _own(self.named, task.name) for task in self.tasks}
-        alone = {name for names in own.values() for name in names}
-        shared = [parameter for name, parameter in self.named.items() if name not in alone]
-        rows, losses = [], [{} for _ in batches]
-        for task in self.tasks:
-            for batch, found in zip(batches, losses, strict=True):
-                part = {**batch, "labels": {task.name: batch["labels"][task.name]}}
-                with self.accelerator.no_sync(self.model):
-                    found |= backward(
-                        self.accelerator, self.model, part, "sequential", {task.name: 1.0}, None, self.activate, parts
-                    )
-            rows.append(_taken(shared))
-        gradients_TN = self._average(torch.stack(rows))
-        losses_T = self._whole(losses)
+        own, shared = self._parted()
+        gradients_TN, losses_T = self._gradients(shared, batches, parts)
         gradient_N, w_S = gradients_TN.new_zeros(gradients_TN.shape[1]), losses_T[labelled_S]
         if len(labelled_S):
             gradients_SN = gradients_TN[labelled_S.to(gradients_TN.device)]
             gradient_N, w_S = self.weighting.combine(losses_T[labelled_S], gradients_SN, labelled_S, step)
         _give(shared, gradient_N)
+        self._note_used({self.tasks[i].name: w for i, w in zip(labelled_S.tolist(), w_S.tolist(), strict=True)})
         for index, weight in zip(labelled_S.tolist(), w_S.tolist(), strict=True):
             for name in own[self.tasks[index].name]:
                 parameter = self.named[name]

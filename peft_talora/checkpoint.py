@@ -33,6 +33,7 @@ BEST_NAME = "best.safetensors"
 FREE_ARGUMENTS = frozenset(
     {"output_dir", "data_root", "mix", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
     | {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before", "allow_reshard"}
+    | {"report_to", "logging_steps", "cosine_steps", "sample_steps"}
 )
 """Arguments of train.py that do not decide a run's course: where it reads and writes, how often it saves and reports,
 on how many cores."""

@@ -45,14 +45,15 @@ def write_aside(folder: str | Path, owned: Collection[str] = ()):
 
 def write_json(file: str | Path, content: Any) -> None:
     """Write JSON, indented, with the keys in their own order; numbers that JSON does not have become null."""
-    Path(file).write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
+    Path(file).write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def _strict(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """The same, with null for numbers that JSON does not have."""
     if isinstance(content, dict):
-        return {key: _strict(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_strict(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

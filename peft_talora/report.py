@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from torch.utils.data import Dataset
 from .data import Collator
 from .engine import DataArguments, open_split
 from .evaluation import predict
-from .files import write_aside, write_json
+from .files import finite, write_aside, write_json
 from .hub import load, load_image_processor, results_table
 from .plotting import draw_predictions
 from .results import combine
@@ -50,7 +54,37 @@ def write_report(
     """Write `results.json`, and as `predictions.png` the samples with their labels and logits of the tasks."""
     with write_aside(folder) as aside:
         draw_predictions(tasks, samples, logits).save(aside / "predictions.png")
-        write_json(aside / "results.json", results)
+        save_results(aside / "results.json", results)
+
+
+def save_results(file: Path, results: Mapping[str, Any]) -> None:
+    """Write results as `evaluate.save` does: with time, commit, and versions of `evaluate` and Python.
+
+    The path of the interpreter is left out: results are uploaded.
+    """
+    import evaluate  # takes seconds, and asks git, which there may not be
+
+    content = finite(results)
+    if shutil.which("git"):
+        with _quiet_children():
+            evaluate.save(file, **content)
+        content = json.loads(file.read_text())
+        del content["_interpreter_path"]
+    write_json(file, content)
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Outside a repository, git would say so on the terminal, as if something were wrong."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def write_combined_report(

@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, set_seed, tqdm
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
 from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
 from peft_talora.balancing import Balancer
 from peft_talora.methods import AdapterArguments, Method, find_method
+from peft_talora.observation import ObservationArguments, Observer, check_observation
+from peft_talora.plotting import draw_predictions
 from peft_talora.stopping import STOPPED, StopSignal
 from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, make_weighting
 
@@ -34,8 +36,8 @@ PLAIN = ("equal", "fixed")  # weightings under which each task can have optimise
 
 
 @dataclass
-class TrainArguments(engine.SplitArguments, AdapterArguments):
-    """What the recipe can be told, beside what `SplitArguments` and `AdapterArguments` say."""
+class TrainArguments(ObservationArguments, engine.SplitArguments, AdapterArguments):
+    """What the recipe can be told, beside what those that it inherits say."""
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder for all results."})
     base: str | None = field(
@@ -123,6 +125,7 @@ class Run:
     total_steps: int
     progress: checkpoint.Progress
     stop: StopSignal
+    observer: Observer
 
     def measure(self, dataset: Dataset):
         """Metrics and losses over a data set."""
@@ -153,6 +156,7 @@ def train_one(args: TrainArguments) -> bool:
         finished = train(run)
         if finished:
             finish(run)
+    run.observer.end()
     accelerator = run.accelerator
     # Data parallelism holds the process group. Freed as its last holder, it would destroy the group while it keeps
     # Python's lock, for which a thread of the group may be waiting: the process would never end.
@@ -201,6 +205,7 @@ def start(run: Run) -> None:
     elif run.args.measure_before:
         run.progress.before, _ = run.measure(run.test_set)
         run.accelerator.print(f"before training: {report.headline(run.progress.before)}")
+    run.observer.begin(asdict(run.args), run.progress)
 
 
 def train(run: Run) -> bool:
@@ -257,6 +262,7 @@ def train_epoch(run: Run, bar: tqdm) -> bool:
         bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
         bar.update()
         progress.seconds += time.perf_counter() - begun
+        run.observer.step(progress, losses, chunk)
         if args.eval_steps and progress.step % args.eval_steps == 0:
             validate(run)
         if args.save_steps and progress.step % args.save_steps == 0:
@@ -274,6 +280,7 @@ def validate(run: Run) -> None:
     metrics, losses = run.measure(run.val_set)
     step, loss = run.progress.step, sum(run.weights[name] * value for name, value in losses.items())
     run.accelerator.print(f"step {step}: validation loss {loss:.4f}, {report.headline(metrics)}")
+    run.observer.validated(step, metrics, losses, loss)
     if not losses:
         raise ValueError(
             f"none of the {len(run.val_set)} validation images has a label, so no checkpoint can be chosen"
@@ -312,6 +319,7 @@ def build(args: TrainArguments) -> Run:
     balancers = make_balancers(args, method, accelerator, model, collator.tasks, weights, passes)
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
+    observer = make_observer(args, accelerator, model, optimizer, balancers, collator, val_set, passes)
     launched = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     return Run(
         args=args,
@@ -332,6 +340,7 @@ def build(args: TrainArguments) -> Run:
         balancers=balancers,
         total_steps=total_steps,
         stop=StopSignal(accelerator),
+        observer=observer,
         progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
     )
 
@@ -352,6 +361,25 @@ def make_balancers(
     return balancers
 
 
+def make_observer(
+    args: TrainArguments, accelerator: Accelerator, model, optimizer, balancers: dict, collator, val_set, passes: dict
+) -> Observer:
+    """What tells trackers of the run, and draws what is predicted on the way."""
+    every_task = None
+    if args.cosine_steps is not None:
+        weighting = make_weighting("equal", [task.name for task in collator.tasks])
+        every_task = Balancer(accelerator, model, collator.tasks, weighting, activate=passes["activate"])
+
+    def draw():
+        own, samples = accelerator.unwrap_model(model), report.examples(val_set)
+        logits = evaluation.predict(own, collator, samples, **passes)
+        own.train()
+        return draw_predictions(collator.tasks, samples, logits)
+
+    folder = Path(args.output_dir, "samples")
+    return Observer(accelerator, args, optimizer, balancers, every_task, draw, folder)
+
+
 def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.TaskOrder]:
     """What owns the devices, and the order of tasks there; from here on all random numbers are the seed's."""
     distributed = DistributedDataParallelKwargs()
@@ -362,6 +390,8 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
             use_seedable_sampler=True, data_seed=args.seed, dispatch_batches=False
         ),
         kwargs_handlers=[distributed],
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
     )
     if accelerator.distributed_type is DistributedType.FSDP:
         raise ValueError("the model is split by FSDP, whose forward passes all processes must do together: use DDP.")
@@ -380,6 +410,7 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
 def check_arguments(args: TrainArguments, method: Method) -> None:
     """Refuse what would fail late."""
     method.check(args)
+    check_observation(args)
     for name in ("num_train_epochs", "save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` is {getattr(args, name)}; allowed: 1 or more.")

@@ -42,6 +42,7 @@ ALLOWED = {
         "small_sam",
         "tasks",
     },
+    "observation": {"balancing", "checkpoint", "files", "results"},
     "stopping": set(),
     "metric_module": {"metrics"},
     "evaluate_modules": {"__init__", "metrics"},  # `evaluate` copies these out of the package

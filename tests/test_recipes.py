@@ -19,6 +19,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import peft_talora
 from peft_talora import checkpoint
@@ -366,6 +367,7 @@ def by_two(small, tmp_path_factory):
     torchrun += ["--learning_rate", "3e-4"]
     changes = {order: ["--updates", "joint", "--task_order", order] for order in ("sequential", "folded")}
     changes["alternating"] = ["--updates", "alternating"]
+    changes["folded"] += ["--report_to", "tensorboard", "--logging_steps", 4, "--cosine_steps", 4, "--sample_steps", 8]
     configured = [*PYTHON, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     configured += [RECIPES / "accelerate" / "cpu_2.yaml", *torchrun[torchrun.index(TRAIN) :]]
     commands = dict.fromkeys(changes, torchrun) | {"alternating": configured}
@@ -381,6 +383,11 @@ def test_two_processes_train_to_the_end_and_write_one_result(order, by_two):
     assert (results["processes"], results["task_order"]) == (2, order)
     assert [entry["step"] for entry in results["history"]] == [4, 8]
     assert output.count("before training") == output.count("Adapter, results.json and predictions.png are in") == 1
+    if order == "folded":
+        events = EventAccumulator(str(folder / "logs" / "train"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("cosine/depth-normals")] == [4, 8]
+        assert [path.name for path in (folder / "samples").iterdir()] == ["step-000008.png"]
     states = {path.name for path in (folder / "checkpoint-6").glob("random_states_*")}
     assert states == {"random_states_0.pkl", "random_states_1.pkl"}
     peft_talora.load(folder)
