@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,7 +33,14 @@ PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
 FREE_ARGUMENTS = frozenset(
     {"output_dir", "data_root", "mix", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
-    | {"num_threads", "per_device_eval_batch_size", "dataloader_num_workers", "measure_before", "allow_reshard"}
+    | {
+        "num_threads",
+        "per_device_eval_batch_size",
+        "dataloader_num_workers",
+        "measure_before",
+        "allow_reshard",
+        "auto_find_batch_size",
+    }
     | {"report_to", "logging_steps", "cosine_steps", "sample_steps"}
 )
 """Arguments of train.py that do not decide a run's course: where it reads and writes, how often it saves and reports,
@@ -194,7 +202,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, folder: Path, wanted: Progress, reshard: bool = False
+    accelerator: Accelerator, checkpoint: Path, folder: Path, wanted: Progress, reshard: Collection[str] = ()
 ) -> Progress:
     """Restore a run, after `accelerator.prepare`; the best adapter goes back to `folder/best`.
 
@@ -203,9 +211,8 @@ def load_checkpoint(
         checkpoint: As [`find_checkpoint`] gives it.
         folder: The run's output folder.
         wanted: The run to resume, at its beginning: its tasks and arguments.
-        reshard: Let the images of a step be shared out otherwise, over processes, batches and accumulated ones. The
-            steps stay those of the same images; only what is drawn while they are taken, such as dropout, becomes
-            other.
+        reshard: Those of `SHARES` that may be other than they were, as long as a step has as many images. The steps
+            stay those of the same images; only what is drawn while they are taken, such as dropout, becomes other.
 
     Returns:
         How far the run was.
@@ -222,7 +229,7 @@ def load_checkpoint(
         )
     processes = progress.arguments.get("num_processes", accelerator.num_processes)
     if reshard:
-        _share_out(progress, wanted.arguments, checkpoint)
+        _share_out(progress, wanted.arguments, reshard, checkpoint)
     check_same_arguments(progress.arguments, wanted.arguments, checkpoint)
     accelerator.load_state(str(checkpoint))
     if processes != accelerator.num_processes:
@@ -257,19 +264,34 @@ def _check_files(checkpoint: Path) -> None:
             raise OSError(f"{file}: missing, truncated or corrupt: it is not what the run has written")
 
 
-def _share_out(progress: Progress, wanted: dict[str, Any], checkpoint: Path) -> None:
+def share_alike(trained: dict[str, Any], wanted: dict[str, Any], names: Collection[str], source: Path) -> dict:
+    """A run's arguments with the shares of a step that are wanted now.
+
+    Args:
+        trained: The run's.
+        wanted: Those of now.
+        names: Those of `SHARES` that may differ.
+        source: Where the run's are from.
+
+    Raises:
+        ValueError: If a step then had another number of images.
+    """
+    before, now = (math.prod(arguments.get(name, 1) for name in SHARES) for arguments in (trained, wanted))
+    if before != now:
+        described = ", ".join(f"{name}={wanted[name]}" for name in SHARES if name in wanted)
+        raise ValueError(
+            f"{source} has {before} images a step, and {described} make {now}: give such that make {before}."
+        )
+    return {**trained, **{name: wanted[name] for name in names if name in wanted}}
+
+
+def _share_out(progress: Progress, wanted: dict[str, Any], names: Collection[str], checkpoint: Path) -> None:
     """Count the batches that were done of the epoch as those of the shares that are wanted now."""
     trained = progress.arguments
-    before, now = (math.prod(arguments[name] for name in SHARES) for arguments in (trained, wanted))
-    if before != now:
-        described = ", ".join(f"{name}={wanted[name]}" for name in SHARES)
-        raise ValueError(
-            f"{checkpoint} has {before} images a step, and {described} make {now}: give such that make {before}."
-        )
+    progress.arguments = share_alike(trained, wanted, names, checkpoint)
     # A checkpoint lies between steps: what was done of the epoch is a whole number of any shares of a step, or all.
     done = progress.batch * trained["num_processes"] * trained["per_device_train_batch_size"]
     progress.batch = -(-done // (wanted["num_processes"] * wanted["per_device_train_batch_size"]))
-    progress.arguments = {**trained, **{name: wanted[name] for name in SHARES}}
 
 
 def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:

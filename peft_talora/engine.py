@@ -412,13 +412,13 @@ def make_loader(
     seed: int,
     dataset: Dataset,
     collator: Collator,
-    num_processes: int,
+    at_a_time: int,
     sampler: MixedSampler | None = None,
 ) -> DataLoader:
     """Batches of training images, in another order every epoch; the seed decides it, or the sampler.
 
     Raises:
-        ValueError: If there is not a whole batch for every process.
+        ValueError: If there are not `at_a_time` batches, as many as a step has in all processes.
     """
     loader = DataLoader(
         dataset,
@@ -431,10 +431,11 @@ def make_loader(
         # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
         generator=torch.Generator().manual_seed(seed),
     )
-    if len(loader) < num_processes:
+    if len(loader) < at_a_time:
         raise ValueError(
-            f"{len(dataset)} training images do not fill one batch of `per_device_train_batch_size`="
-            f"{args.per_device_train_batch_size} on each of {num_processes} processes: lower it, or give more images."
+            f"{len(dataset)} training images do not fill a step of {at_a_time * args.per_device_train_batch_size}, "
+            f"`per_device_train_batch_size`={args.per_device_train_batch_size} in each of {at_a_time} batches: lower "
+            "it, or give more images."
         )
     return loader
 
@@ -497,10 +498,10 @@ def update_groups(task_names: Iterable[str], updates: Updates, step: int) -> lis
     return [[name] for name in (*names[first:], *names[:first])]
 
 
-def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items each, the last one of what is left."""
+def whole_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items each; what is left over is left out."""
     iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+    while len(chunk := list(islice(iterator, size))) == size:
         yield chunk
 
 

@@ -15,17 +15,19 @@ import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed, tqdm
+from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device, set_seed, tqdm
 from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
 from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
 from peft_talora.balancing import Balancer
+from peft_talora.fitting import find_batch_size
 from peft_talora.methods import AdapterArguments, Method, find_method
 from peft_talora.observation import ObservationArguments, Observer, check_observation
 from peft_talora.plotting import draw_predictions
@@ -74,6 +76,10 @@ class TrainArguments(ObservationArguments, engine.SplitArguments, AdapterArgumen
             "one step per task, in turn. None: the method's, 'alternating' where tasks share what is trained."
         },
     )
+    auto_find_batch_size: bool = field(
+        default=True,
+        metadata={"help": "Where a batch does not fit into memory, take smaller ones, and more of them per step."},
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of AdamW. None: the method's, 3e-3 of talora."}
@@ -100,6 +106,12 @@ class TrainArguments(ObservationArguments, engine.SplitArguments, AdapterArgumen
         },
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository user/name to upload the result to."})
+
+    @property
+    def may_differ(self) -> tuple[str, ...]:
+        """What a resumed run may share out otherwise."""
+        fitted = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        return checkpoint.SHARES if self.allow_reshard else fitted if self.auto_find_batch_size else ()
 
 
 @dataclass
@@ -190,7 +202,10 @@ def is_finished(args: TrainArguments) -> bool:
     """Whether the run has written its results. Raises ValueError if it had other arguments."""
     file = Path(args.output_dir) / "results.json"
     if file.exists():
-        checkpoint.check_same_arguments(json.loads(file.read_text())["arguments"], deciding_arguments(args), file)
+        trained, wanted = json.loads(file.read_text())["arguments"], deciding_arguments(args)
+        if args.may_differ:
+            trained = checkpoint.share_alike(trained, wanted, args.may_differ, file)
+        checkpoint.check_same_arguments(trained, wanted, file)
     return file.exists()
 
 
@@ -199,7 +214,7 @@ def start(run: Run) -> None:
     if run.args.resume_from_checkpoint is not None:
         folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
         run.progress = checkpoint.load_checkpoint(
-            run.accelerator, folder, run.output_dir, run.progress, reshard=run.args.allow_reshard
+            run.accelerator, folder, run.output_dir, run.progress, run.args.may_differ
         )
         run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
     elif run.args.measure_before:
@@ -243,7 +258,7 @@ def train_epoch(run: Run, bar: tqdm) -> bool:
     batches.set_epoch(progress.epoch)
     run.model.train()
     begun = time.perf_counter()
-    for chunk in engine.chunks(batches, args.gradient_accumulation_steps):
+    for chunk in engine.whole_chunks(batches, args.gradient_accumulation_steps):
         loaded = time.perf_counter()
         losses = {}
         for tasks in engine.update_groups(run.weights, args.updates, progress.step):
@@ -303,19 +318,22 @@ def build(args: TrainArguments) -> Run:
     collator = data.Collator([base.task(name) for name in base.task_names], processor)
     train_set, val_set, test_set = engine.open_splits(args, args.seed, collator.tasks, image_size)
     sampler = engine.mixed_sampler(args, args.seed, train_set.dataset)
-    loader = engine.make_loader(args, args.seed, train_set, collator, accelerator.num_processes, sampler)
+    passes = {"order": order, "activate": partial(method.activate, model)}
+    weights = engine.parse_weights(args.loss_weights, base.config.tasks)
+    if args.auto_find_batch_size:
+        args = fit(args, accelerator, model, collator, train_set, weights, passes)
+    at_a_time = accelerator.num_processes * args.gradient_accumulation_steps
+    loader = engine.make_loader(args, args.seed, train_set, collator, at_a_time, sampler)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    passes = {"order": order, "activate": partial(method.activate, model)}
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    total_steps = math.ceil(len(loader) / args.gradient_accumulation_steps) * args.num_train_epochs
+    total_steps = len(loader) // args.gradient_accumulation_steps * args.num_train_epochs
     # An accelerated scheduler takes one step per process.
     scheduler = transformers.get_linear_schedule_with_warmup(
         optimizer,
         num_warmup_steps=round(args.warmup_ratio * total_steps) * accelerator.num_processes,
         num_training_steps=total_steps * accelerator.num_processes,
     )
-    weights = engine.parse_weights(args.loss_weights, base.config.tasks)
     balancers = make_balancers(args, method, accelerator, model, collator.tasks, weights, passes)
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
@@ -343,6 +361,30 @@ def build(args: TrainArguments) -> Run:
         observer=observer,
         progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
     )
+
+
+def fit(
+    args: TrainArguments, accelerator: Accelerator, model, collator, train_set, weights: dict, passes: dict
+) -> TrainArguments:
+    """The arguments, with smaller batches and more of them per step if those asked for do not fit into memory."""
+    wanted = args.per_device_train_batch_size
+    model.to(accelerator.device).train()
+
+    def attempt(size: int) -> None:
+        batch = send_to_device(collator(list(islice(train_set, size))), accelerator.device)
+        try:
+            with accelerator.autocast():
+                engine.backward(accelerator, model, batch, weights=weights, **passes)
+        finally:
+            model.zero_grad()
+
+    size = find_batch_size(accelerator, wanted, attempt)
+    if size == wanted:
+        return args
+    accumulated = args.gradient_accumulation_steps * wanted // size
+    accelerator.gradient_accumulation_steps = accumulated
+    accelerator.print(f"{wanted} images do not fit into memory: {accumulated} batches of {size} make a step")
+    return replace(args, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
 
 
 def make_balancers(

@@ -293,7 +293,7 @@ def test_batches_of_an_epoch_are_shared_out_anew(run, tmp_path):
 
     def load(step, *now):
         wanted = Progress(tasks=tasks, arguments=shares(*now))
-        return load_checkpoint(run.accelerator, tmp_path / f"checkpoint-{step}", tmp_path, wanted, reshard=True)
+        return load_checkpoint(run.accelerator, tmp_path / f"checkpoint-{step}", tmp_path, wanted, checkpoint.SHARES)
 
     assert [load(5, *now).batch for now in ((1, 8, 1), (4, 1, 2), (1, 1, 8))] == [3, 6, 24]
     assert load(6, 1, 8, 1).batch == 4, "what was left over of the epoch is done as well"

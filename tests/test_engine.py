@@ -198,8 +198,8 @@ def test_joint_updates_are_one_step_and_alternating_ones_a_step_per_task_in_turn
     groups = [engine.update_groups(names, "alternating", step) for step in range(4)]
     assert groups[:3] == [[["a"], ["b"], ["c"]], [["b"], ["c"], ["a"]], [["c"], ["a"], ["b"]]]
     assert groups[3] == groups[0]
-    assert list(engine.chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(engine.chunks([], 2)) == []
+    assert list(engine.whole_chunks(range(5), 2)) == [[0, 1], [2, 3]]
+    assert list(engine.whole_chunks([0], 2)) == []
 
 
 def test_task_order_is_chosen_by_the_device():

@@ -42,6 +42,7 @@ ALLOWED = {
         "small_sam",
         "tasks",
     },
+    "fitting": set(),
     "observation": {"balancing", "checkpoint", "files", "results"},
     "stopping": set(),
     "metric_module": {"metrics"},

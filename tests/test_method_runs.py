@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import peft_talora
-from peft_talora import SyntheticScenes, checkpoint, results
+from peft_talora import SyntheticScenes, checkpoint, fitting, results
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TASKS = ["segmentation", "depth"]
@@ -295,3 +295,24 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_resumed_to_the_same_weights(me
     train(arguments, method, TASKS, tmp_path, "--resume_from_checkpoint", "latest")
     for name in TASKS if method in SINGLE else [""]:
         assert_same_weights(tmp_path / name, trained / method / name)
+
+
+@pytest.mark.parametrize("method", ["talora", "lora-stl"])
+def test_smaller_batches_take_the_same_steps(method, arguments, tmp_path):
+    """As if one image fitted into memory; the resumed run tries again, and all of them fit."""
+    more = ["--gradient_accumulation_steps", 1, "--save_steps", 2]
+    train(arguments, method, TASKS, tmp_path / "whole", *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "find_batch_size", lambda accelerator, size, attempt: attempt(1) or 1)
+        train(arguments, method, TASKS, tmp_path / "parts", *more)
+    for name in TASKS if method in SINGLE else [""]:
+        whole, parts = (read_results(tmp_path / folder / name) for folder in ("whole", "parts"))
+        shares = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        assert [parts["arguments"][share] for share in shares] == [1, 2]
+        assert [entry["step"] for entry in parts["history"]] == [entry["step"] for entry in whole["history"]]
+        for one, other in zip(parts["history"], whole["history"], strict=True):
+            assert one["losses"] == pytest.approx(other["losses"], rel=1e-2), "dropout is drawn anew"
+        shutil.rmtree(tmp_path / "parts" / name / "checkpoint-6")
+    (tmp_path / "parts" / (TASKS[1] if method in SINGLE else "") / "results.json").unlink()
+    train(arguments, method, TASKS, tmp_path / "parts", *more, "--resume_from_checkpoint", "latest")
+    assert read_results(tmp_path / "parts" / (TASKS[1] if method in SINGLE else ""))["history"][-1]["step"] == 6
