@@ -34,7 +34,8 @@ class Balancer:
         order: Of their passes; one after another where the weighting takes the gradients of each apart.
         activate: Called with the tasks of each pass before it.
         regularizer: Gives a scalar that is added to the losses, unweighed.
-        used: The weights of the last step by task, of those that had labels.
+        used: The weights of the last step by task, of those that had labels; where gradients are weighed, those of
+            the shared parameters. They may be on the device: nobody waits for it unless they are looked at.
 
     Raises:
         ValueError: If the weighting does not go with the order, the precision or the way of several processes.
@@ -48,7 +49,7 @@ class Balancer:
     activate: Activate = keep_active
     regularizer: Callable[[], Tensor] | None = None
     named: dict[str, nn.Parameter] = field(init=False)
-    used: dict[str, float] = field(init=False, default_factory=dict)
+    used: dict[str, float | Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "named", {n: p for n, p in self.model.named_parameters() if p.requires_grad})
@@ -115,21 +116,19 @@ class Balancer:
     def cosines(self, batches: Batches) -> dict[tuple[str, str], float]:
         """The cosine between the gradients of every two tasks that have labels, of the parameters that are shared.
 
-        There must be no gradients, and none are left; random numbers are drawn as if this had not been called.
+        No parameter is given a gradient; random numbers are drawn as if this had not been called.
         """
         batches = self._own_labels(batches)
         counts = count_labels(self.accelerator, self.tasks, batches)
         labelled = self._labelled(counts).tolist()
+        parts, shared = counts_of_part(self.accelerator, counts), self._parted()[1]
         device = self.accelerator.device
         others = (
             {"devices": []} if device.type in ("cpu", "mps") else {"devices": [device], "device_type": device.type}
         )
         with torch.random.fork_rng(**others):
-            parts = counts_of_part(self.accelerator, counts)
-            gradients_TN, _ = self._gradients(self._parted()[1], batches, parts)
-        for parameter in self.named.values():
-            parameter.grad = None
-        unit_TN = nn.functional.normalize(gradients_TN.double(), dim=1)
+            rows = [sum(self._gradient(task.name, batch, parts, shared) for batch in batches) for task in self.tasks]
+        unit_TN = nn.functional.normalize(self._average(torch.stack(rows)).double(), dim=1)
         cosine_TT = (unit_TN @ unit_TN.T).tolist()
         return {
             (self.tasks[a].name, self.tasks[b].name): cosine_TT[a][b]
@@ -137,9 +136,26 @@ class Balancer:
             for b in labelled[place + 1 :]
         }
 
-    def _note_used(self, weights: Mapping[str, float]) -> None:
+    def _gradient(self, task: str, batch: Mapping[str, Any], parts, shared: Sequence[nn.Parameter]) -> Tensor:
+        """This process's gradient (N,) of a task's loss.
+
+        It is taken past data parallelism, which notes what any backward pass uses, `no_sync` or not, and waits in the
+        next one for the gradients of all that.
+        """
+        model, scaler = self.accelerator.unwrap_model(self.model), self.accelerator.scaler
+        loss = self._losses_of(model, batch, parts, [task])[task]
+        if scaler is not None:
+            loss = loss * scaler.get_scale()  # in float16 small gradients would vanish; the angles stay
+        gradients = torch.autograd.grad(loss, shared, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def _note_used(self, weights: Mapping[str, float | Tensor]) -> None:
         self.used.clear()
         self.used.update(weights)
+
+    def shares(self) -> bool:
+        """Whether there is anything to compare gradients of: several tasks, and parameters that they share."""
+        return len(self.tasks) > 1 and bool(self._parted()[1])
 
     def _parted(self) -> tuple[dict[str, list[str]], list[nn.Parameter]]:
         """The names of each task's own parameters, and the parameters that are shared."""
@@ -199,8 +215,9 @@ class Balancer:
         if len(labelled_S):
             gradients_SN = gradients_TN[labelled_S.to(gradients_TN.device)]
             gradient_N, w_S = self.weighting.combine(losses_T[labelled_S], gradients_SN, labelled_S, step)
+            names = [self.tasks[index].name for index in labelled_S.tolist()]
+            self._note_used(dict(zip(names, self.weighting.latest_S, strict=True)))
         _give(shared, gradient_N)
-        self._note_used({self.tasks[i].name: w for i, w in zip(labelled_S.tolist(), w_S.tolist(), strict=True)})
         for index, weight in zip(labelled_S.tolist(), w_S.tolist(), strict=True):
             for name in own[self.tasks[index].name]:
                 parameter = self.named[name]
@@ -216,16 +233,19 @@ class Balancer:
     def _losses(self, batch: Mapping[str, Any], parts) -> dict[str, Tensor]:
         losses = {}
         for group in task_groups([task.name for task in self.tasks], self.order):
-            self.activate(group)
-            output = self.model(
-                pixel_values=batch["pixel_values"],
-                tasks=group,
-                labels={name: batch["labels"][name] for name in group},
-                pixel_counts=parts,
-                original_sizes=batch["original_sizes"],
-            )
-            losses |= output.losses
+            losses |= self._losses_of(self.model, batch, parts, group)
         return losses
+
+    def _losses_of(self, model: nn.Module, batch: Mapping[str, Any], parts, group: Sequence[str]) -> dict[str, Tensor]:
+        self.activate(group)
+        output = model(
+            pixel_values=batch["pixel_values"],
+            tasks=group,
+            labels={name: batch["labels"][name] for name in group},
+            pixel_counts=parts,
+            original_sizes=batch["original_sizes"],
+        )
+        return output.losses
 
     def _whole(self, losses: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The losses (T,) of the step from those of its batches, float64 on the CPU."""

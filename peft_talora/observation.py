@@ -2,13 +2,13 @@
 
 =======================================  ==============================================================================
 ``loss/<task>``                          of a step's labelled pixels, of all batches and processes
-``weight/<task>``                        of its loss in that step (see `weighting`)
+``weight/<task>``                        of its loss in that step, or of its gradient (see `weighting`)
 ``cosine/<task>-<task>``                 between the gradients of two tasks' losses of the shared parameters
 ``learning_rate``                        of the step
 ``images_per_second``                    since these figures were last told, without validation
 ``memory_mib``                           the most that was held so far (see `results.peak_mib`)
-``validation/loss``                      by which the checkpoint is chosen
-``validation/<task>/<figure>``           metrics, and ``loss`` of the task alone
+``validation_loss``                      by which the checkpoint is chosen; ``validation_loss/<task>`` of a task alone
+``validation/<task>/<metric>``           metrics, one of which may be called ``loss``
 ``predictions``                          validation images with labels and predictions
 =======================================  ==============================================================================
 
@@ -27,7 +27,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
-from torch.optim import Optimizer
 
 from .balancing import Balancer, Batches
 from .checkpoint import Progress
@@ -73,21 +72,26 @@ class Observer:
     Attributes:
         accelerator: The run's; its trackers are begun by `begin` and ended by `end`.
         args: What is told, and how often.
-        optimizer: Whose learning rate is told.
         balancers: What gives the gradients of the steps, by their tasks.
         every_task: Of all tasks together, whose gradients are compared. None: they are not.
         draw: Makes the picture of predictions; called in the main process alone.
         folder: Where pictures go.
+
+    Raises:
+        ValueError: If gradients are to be compared and there are no two tasks that share what is trained.
     """
 
     accelerator: Accelerator
     args: ObservationArguments
-    optimizer: Optimizer
     balancers: Mapping[tuple[str, ...], Balancer]
     every_task: Balancer | None
     draw: Callable[[], Image.Image]
     folder: Path
     _told: tuple[int, float] = (0, 0.0)  # images and seconds when speed was last told
+
+    def __post_init__(self):
+        if self.every_task is not None and not self.every_task.shares():
+            raise ValueError(f"`cosine_steps` is {self.args.cosine_steps}, but no two tasks share what is trained.")
 
     def begin(self, config: Mapping[str, Any], progress: Progress) -> None:
         """Begin, or go on after a resumption: what was told of steps after its checkpoint is taken back."""
@@ -100,15 +104,15 @@ class Observer:
         }
         self.accelerator.init_trackers(PROJECT, config=simple, init_kwargs=kept)
 
-    def step(self, progress: Progress, losses: Mapping[str, torch.Tensor], batches: Batches) -> None:
-        """Tell of a step that was taken of some batches."""
+    def step(self, progress: Progress, losses: Mapping[str, torch.Tensor], batches: Batches, rate: float) -> None:
+        """Tell of a step that was taken of some batches, at a learning rate."""
         values: dict[str, float] = {}
         if self.args.report_to is not None and progress.step % self.args.logging_steps == 0:
             values |= {f"loss/{name}": value.item() for name, value in losses.items()}
             values |= {
-                f"weight/{name}": w for balancer in self.balancers.values() for name, w in balancer.used.items()
+                f"weight/{name}": float(w) for balancer in self.balancers.values() for name, w in balancer.used.items()
             }
-            values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            values["learning_rate"] = rate
             images, seconds = progress.images - self._told[0], progress.seconds - self._told[1]
             values["images_per_second"] = images / seconds
             values["memory_mib"] = peak_mib(self.accelerator.device)
@@ -125,8 +129,8 @@ class Observer:
         if self.args.report_to is None:
             return
         values = {f"validation/{task}/{name}": value for task, m in metrics.items() for name, value in m.items()}
-        values |= {f"validation/{task}/loss": value for task, value in losses.items()}
-        self.accelerator.log({**values, "validation/loss": loss}, step=step)
+        values |= {f"validation_loss/{task}": value for task, value in losses.items()}
+        self.accelerator.log({**values, "validation_loss": loss}, step=step)
 
     def end(self) -> None:
         """End the trackers, and not the processes: another run may follow."""

@@ -85,11 +85,24 @@ class LossWeighting(Weighting):
 
 
 class GradientWeighting(Weighting):
-    """Needs the losses and gradients of a step, of each task apart."""
+    """Needs the losses and gradients of a step, of each task apart.
+
+    Attributes:
+        latest_S: the weights (S,) that the latest step's gradients of the shared parameters were summed with.
+    """
+
+    latest_S: Tensor
+
+    def weighed_sum(self, w_S: Tensor, gradients_SN: Tensor) -> Tensor:
+        """Σ w ∇L, (N,), in the gradients' dtype; the weights become the latest."""
+        self.latest_S = w_S
+        return w_S.to(gradients_SN) @ gradients_SN
 
     @abstractmethod
     def combine(self, losses_S: Tensor, gradients_SN: Tensor, labelled_S: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The gradient (N,) of the shared parameters, and the weights (S,) of what belongs to one task alone.
+
+        The gradient is a `weighed_sum`, which keeps its weights for whoever looks.
 
         Args:
             losses_S: of the tasks that have labels in this step, float64.
@@ -292,7 +305,7 @@ class GeometricLoss(_Memoryless, GradientWeighting):
         """G / (T L)."""
         losses_S = losses_S.clamp(min=_LEAST)
         w_S = losses_S.log().mean().exp() / (len(losses_S) * losses_S)
-        return weighed_sum(w_S, gradients_SN), w_S
+        return self.weighed_sum(w_S, gradients_SN), w_S
 
 
 class FAMO(_Learnt, GradientWeighting):
@@ -314,7 +327,7 @@ class FAMO(_Learnt, GradientWeighting):
         self.before_S = losses_S.clamp(min=_LEAST)
         share_S = self.numbers.values_T[labelled_S].softmax(0) / self.before_S
         w_S = share_S / share_S.sum()
-        return weighed_sum(w_S, gradients_SN), w_S
+        return self.weighed_sum(w_S, gradients_SN), w_S
 
     def note(self, losses_S: Tensor, labelled_S: Tensor, epoch: int) -> None:
         """What counts is what comes after the step: `note_after`."""
@@ -359,7 +372,7 @@ class GradNorm(GradientWeighting):
         self.numbers.learn(norms_S * (w_S * norms_S - aim_S).sign(), labelled_S)
         self.numbers.values_T.clamp_(min=1e-4)  # a weight that became negative would make a loss larger
         self.numbers.values_T.mul_(len(self.tasks) / self.numbers.values_T.sum())
-        return weighed_sum(w_S, gradients_SN), w_S
+        return self.weighed_sum(w_S, gradients_SN), w_S
 
     def note(self, losses_S: Tensor, labelled_S: Tensor, epoch: int) -> None:
         """All is learnt in `combine`."""
@@ -408,7 +421,7 @@ class DualBalancing(GradientWeighting):
         means_SN = torch.stack(means)
         norms_S = means_SN.norm(dim=1)
         w_S = torch.where(norms_S > 0, norms_S.max() / norms_S.clamp(min=_LEAST), 0)
-        return weighed_sum(w_S, means_SN), inverse_S
+        return self.weighed_sum(w_S, means_SN), inverse_S
 
     def note(self, losses_S: Tensor, labelled_S: Tensor, epoch: int) -> None:
         """All is learnt in `combine`."""
@@ -445,13 +458,13 @@ class Aggregated(_Memoryless, GradientWeighting):
     def combine(self, losses_S: Tensor, gradients_SN: Tensor, labelled_S: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Weights that follow from the inner products, in float64; a task that is alone has its own gradient."""
         if len(losses_S) == 1:
-            return gradients_SN[0], torch.ones_like(losses_S)
+            return self.weighed_sum(torch.ones_like(losses_S), gradients_SN), torch.ones_like(losses_S)
         gradients = gradients_SN.double()
         gramian_SS = (gradients @ gradients.T).cpu()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Random(f"weighting {self.seed} {step}").getrandbits(63))
-            w_S = self._weigh(gramian_SS).to(gradients_SN.device)
-        return weighed_sum(w_S, gradients_SN), torch.ones_like(losses_S)
+            w_S = self._weigh(gramian_SS)
+        return self.weighed_sum(w_S, gradients_SN), torch.ones_like(losses_S)
 
     def _weigh(self, gramian_SS: Tensor) -> Tensor:
         known = self.aggregation
@@ -478,11 +491,6 @@ def square_root(gramian_SS: Tensor) -> Tensor:
     """A symmetric matrix whose rows have these inner products."""
     values_S, vectors_SS = torch.linalg.eigh(gramian_SS)
     return vectors_SS @ values_S.clamp(min=0).sqrt().diag() @ vectors_SS.T
-
-
-def weighed_sum(w_S: Tensor, gradients_SN: Tensor) -> Tensor:
-    """Σ w ∇L, (N,), in the gradients' dtype."""
-    return w_S.to(gradients_SN) @ gradients_SN
 
 
 def generator_of(seed: int, step: int) -> torch.Generator:

@@ -163,12 +163,14 @@ def main() -> None:
 def train_one(args: TrainArguments) -> bool:
     """Build, train, report what came out. Returns whether the run came to its end: it stops where it is asked to."""
     run = build(args)
-    with run.stop:
-        start(run)
-        finished = train(run)
-        if finished:
-            finish(run)
-    run.observer.end()
+    try:
+        with run.stop:
+            start(run)
+            finished = train(run)
+            if finished:
+                finish(run)
+    finally:
+        run.observer.end()
     accelerator = run.accelerator
     # Data parallelism holds the process group. Freed as its last holder, it would destroy the group while it keeps
     # Python's lock, for which a thread of the group may be waiting: the process would never end.
@@ -268,6 +270,7 @@ def train_epoch(run: Run, bar: tqdm) -> bool:
             run.optimizer.step()
             run.optimizer.zero_grad()
             balancer.after(chunk)
+        rate = run.optimizer.param_groups[0]["lr"]
         run.scheduler.step()
         step_seconds = results.seconds_since(loaded, accelerator.device)
         progress.batch += len(chunk)
@@ -277,7 +280,7 @@ def train_epoch(run: Run, bar: tqdm) -> bool:
         bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
         bar.update()
         progress.seconds += time.perf_counter() - begun
-        run.observer.step(progress, losses, chunk)
+        run.observer.step(progress, losses, chunk, rate)
         if args.eval_steps and progress.step % args.eval_steps == 0:
             validate(run)
         if args.save_steps and progress.step % args.save_steps == 0:
@@ -337,7 +340,7 @@ def build(args: TrainArguments) -> Run:
     balancers = make_balancers(args, method, accelerator, model, collator.tasks, weights, passes)
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
-    observer = make_observer(args, accelerator, model, optimizer, balancers, collator, val_set, passes)
+    observer = make_observer(args, accelerator, model, balancers, collator, val_set, passes)
     launched = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     return Run(
         args=args,
@@ -404,7 +407,7 @@ def make_balancers(
 
 
 def make_observer(
-    args: TrainArguments, accelerator: Accelerator, model, optimizer, balancers: dict, collator, val_set, passes: dict
+    args: TrainArguments, accelerator: Accelerator, model, balancers: dict, collator, val_set, passes: dict
 ) -> Observer:
     """What tells trackers of the run, and draws what is predicted on the way."""
     every_task = None
@@ -419,7 +422,7 @@ def make_observer(
         return draw_predictions(collator.tasks, samples, logits)
 
     folder = Path(args.output_dir, "samples")
-    return Observer(accelerator, args, optimizer, balancers, every_task, draw, folder)
+    return Observer(accelerator, args, balancers, every_task, draw, folder)
 
 
 def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.TaskOrder]:

@@ -24,7 +24,7 @@ class Plain(GradientWeighting):
 
     def combine(self, losses_S, gradients_SN, labelled_S, step):
         self.labelled = labelled_S.tolist()
-        return gradients_SN.sum(0), torch.ones_like(losses_S)
+        return self.weighed_sum(torch.ones_like(losses_S), gradients_SN), torch.ones_like(losses_S)
 
     def note(self, losses_S, labelled_S, epoch):
         pass
@@ -77,7 +77,8 @@ def test_gradients_apart_sum_to_those_of_the_sum(accelerator, model, regularized
 def test_what_belongs_to_one_task_has_its_own_weight(accelerator, model):
     class Own(Plain):
         def combine(self, losses_S, gradients_SN, labelled_S, step):
-            return gradients_SN.sum(0), torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+            own_S = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+            return self.weighed_sum(torch.ones_like(losses_S), gradients_SN), own_S
 
     collator = make_collator(model)
     batches = [batch_of(collator, 0, range(BATCH))]
