@@ -217,7 +217,7 @@ def find_page(protocol: Protocol, group: str | None) -> Page:
         return Page(
             methods=("full-stl", "lora-stl", "talora"),
             variants=WEIGHTINGS,
-            baselines={**BASELINES, "delta_m_vs_fixed": "fixed"},
+            baselines={**BASELINES, "delta_m_vs_equal": "equal"},
             title=", ways to weigh the losses of talora",
             notes=(
                 "Weightings have joint updates; fixed are the weights named above. The row talora has those too, with "

@@ -113,7 +113,7 @@ def test_weightings_stand_in_one_table_with_methods_of_older_records(recipe, bui
     benchmark = build("--weightings", "rlw", "--stages", "table")
     assert benchmark.variants["rlw"] == {"method": "talora", "updates": "joint", "weighting": "rlw"}
     metrics = {task: dict.fromkeys(figures, 0.5) for task, figures in SYNTHETIC_3.higher_is_better.items()}
-    for name, seeds in (("full-stl", 2), ("heads", 1), ("talora", 2), ("fixed", 1), ("rlw", 1)):
+    for name, seeds in (("full-stl", 2), ("heads", 1), ("talora", 2), ("equal", 1), ("rlw", 1)):
         for seed in range(seeds):
             newer = {**LATER_ARGUMENTS, "weighting": name} if name in WEIGHTINGS else {}
             made = record(name, seed, (1, 1, 1, 1), metrics=metrics, arguments=newer)
@@ -121,12 +121,12 @@ def test_weightings_stand_in_one_table_with_methods_of_older_records(recipe, bui
             write_record(folder / f"{name}-seed{seed}.json", made)
     recipe.write_tables(benchmark)
     table = json.loads((benchmark.output / "weightings-synthetic-3.json").read_text())
-    assert list(table["methods"]) == ["full-stl", "talora", "fixed", "rlw"], "heads are no reference"
-    assert table["methods"]["rlw"]["delta_m_vs_fixed"]["mean"] == 0
+    assert list(table["methods"]) == ["full-stl", "talora", "equal", "rlw"], "heads are no reference"
+    assert table["methods"]["rlw"]["delta_m_vs_equal"]["mean"] == 0
     assert [table["methods"][name]["seeds"] for name in ("talora", "rlw")] == [2, 1]
     page = (benchmark.output / "weightings-synthetic-3.md").read_text()
     assert "| talora | 2 |" in page
-    assert "Δm over fixed" in page
+    assert "Δm over equal" in page
 
 
 def test_from_runs_to_the_table(call, tmp_path, sam):
