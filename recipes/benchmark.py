@@ -194,12 +194,16 @@ def check_images(benchmark: Benchmark) -> None:
 
 @dataclass(frozen=True)
 class Page:
-    """What stands in a table: methods, then variants; Δm over which baselines; and what there is to say of it."""
+    """What stands in a table: methods, then variants; Δm over which baselines; and what there is to say of it.
+
+    It is drawn as Δm against trained parameters, unless most rows have as many.
+    """
 
     methods: tuple[str, ...]
     variants: tuple[str, ...] = ()
     baselines: dict[str, str] = field(default_factory=lambda: dict(BASELINES))
     title: str = ""
+    drawn: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -219,6 +223,7 @@ def find_page(protocol: Protocol, group: str | None) -> Page:
             variants=WEIGHTINGS,
             baselines={**BASELINES, "delta_m_vs_equal": "equal"},
             title=", ways to weigh the losses of talora",
+            drawn=False,
             notes=(
                 "Weightings have joint updates; fixed are the weights named above. The row talora has those too, with "
                 "an update per task instead.",
@@ -257,7 +262,7 @@ def write_tables(benchmark: Benchmark) -> None:
     with write_aside(benchmark.output) as aside:
         write_json(aside / f"{name}.json", table)
         (aside / f"{name}.md").write_text(to_markdown(table, protocol, protocol.name + page.title))
-        picture = draw_table(table)
+        picture = draw_table(table) if page.drawn else None
         if picture is not None:
             picture.save(aside / f"{name}.png")
     print(f"{name}: .json and .md are in {benchmark.output}" + ("" if picture is None else ", and the picture"))

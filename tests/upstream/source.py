@@ -12,6 +12,7 @@ from types import ModuleType
 
 import peft
 import pytest
+from filelock import FileLock
 
 CACHE = Path(__file__).parents[2] / ".cache"
 PACKAGE = "peft_upstream_tests"  # PEFT names the folder `tests`, as every project does
@@ -43,17 +44,22 @@ def load(name: str) -> ModuleType:
 def _unpacked() -> Path:
     """The folder that holds the package of PEFT's tests. Fetches it at the first call."""
     folder = CACHE / f"peft-{peft.__version__}"
-    if not folder.exists():
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as partial:
-            whole = Path(partial) / "whole"
-            (whole / PACKAGE).mkdir(parents=True)
-            with tarfile.open(_download(partial)) as archive:
-                for name in FILES:
-                    member = archive.extractfile(f"peft-{peft.__version__}/tests/{name}")
-                    (whole / PACKAGE / name).write_bytes(member.read())
-            whole.rename(folder)
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "lock"):  # several processes collect these tests at the same time
+        if not folder.exists():
+            _unpack(folder)
     return folder
+
+
+def _unpack(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=CACHE) as partial:
+        whole = Path(partial) / "whole"
+        (whole / PACKAGE).mkdir(parents=True)
+        with tarfile.open(_download(partial)) as archive:
+            for name in FILES:
+                member = archive.extractfile(f"peft-{peft.__version__}/tests/{name}")
+                (whole / PACKAGE / name).write_bytes(member.read())
+        whole.rename(folder)
 
 
 def _download(folder: str) -> Path:
