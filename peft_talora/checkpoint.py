@@ -161,9 +161,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         files = sorted(file for file in aside.rglob("*") if file.is_file())
         write_json(aside / MANIFEST_NAME, {file.relative_to(aside).as_posix(): digest(file) for file in files})
         sync(aside)
+        replaced = folder / f"{target.name}.replaced"
         if target.exists():
-            _remove(target)
+            if replaced.exists():
+                _remove(replaced)
+            target.rename(replaced)  # where it is still found
         aside.rename(target)
+        if replaced.exists():
+            _remove(replaced)
         found = list_checkpoints(folder)
         newest = found.index(target) + 1
         for old in found[newest:] + found[: max(0, newest - keep)]:
@@ -172,10 +177,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The whole checkpoints of a run, oldest first; one that another of its step is about to replace among them."""
     found = [file.parent for file in folder.glob(f"checkpoint-*/{MANIFEST_NAME}")]
-    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    named = [(re.fullmatch(r"checkpoint-(\d+)(\.replaced)?", path.name), path) for path in found]
+    order = [(int(match[1]), match[2] is None, path) for match, path in named if match]
+    return [path for *_, path in sorted(order)]
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
@@ -248,7 +254,10 @@ def check_same_arguments(trained: dict[str, Any], wanted: dict[str, Any], source
     now = json.loads(json.dumps(wanted))
     differing = [f"{name}={trained.get(name)!r} (now {now[name]!r})" for name in now if trained.get(name) != now[name]]
     if differing:
-        raise ValueError(f"{source} was trained with {', '.join(differing)}: resume with the same arguments.")
+        text = f"{source} was trained with {', '.join(differing)}: resume with the same arguments"
+        if all(entry.partition("=")[0] in SHARES for entry in differing):
+            text += ", or share a step out otherwise by `allow_reshard` where there is one"
+        raise ValueError(text + ".")
 
 
 def _check_files(checkpoint: Path) -> None:

@@ -6,7 +6,8 @@ import signal
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a run that stopped when it was asked to: what a shell reports of the signal itself. 0 would
@@ -14,14 +15,10 @@ tell a scheduler of jobs that it is finished."""
 
 
 class StopSignal:
-    """Whether any process of a run was sent SIGTERM while this was entered; the handler before it is put back after.
+    """Whether any process was sent SIGTERM while this was entered; the handler before it is put back after."""
 
-    Args:
-        accelerator: The run's.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self._received = accelerator, False
+    def __init__(self):
+        self._received = False
 
     def __enter__(self) -> StopSignal:
         self._before = signal.signal(signal.SIGTERM, self._note)
@@ -35,7 +32,7 @@ class StopSignal:
 
     def asked(self) -> bool:
         """Whether to stop now: the same in all processes, which all ask at the same places."""
-        if self.accelerator.num_processes == 1:
+        state = PartialState()
+        if state.num_processes == 1:
             return self._received
-        received = torch.tensor(float(self._received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(received, "sum") > 0)
+        return bool(reduce(torch.tensor(float(self._received), device=state.device), "sum") > 0)

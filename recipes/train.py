@@ -154,21 +154,23 @@ def main() -> None:
     if args.updates is None:
         args.updates = method.updates[0] if args.weighting in PLAIN else "joint"
     check_arguments(args, method)
-    finished = train_one(args) if method.alone is None else train_apart(args, method.alone)
+    with StopSignal() as stop:
+        finished = train_one(args, stop) if method.alone is None else train_apart(args, method.alone, stop)
     PartialState().destroy_process_group()
     if not finished:
         raise SystemExit(STOPPED)
 
 
-def train_one(args: TrainArguments) -> bool:
+def train_one(args: TrainArguments, stop: StopSignal) -> bool:
     """Build, train, report what came out. Returns whether the run came to its end: it stops where it is asked to."""
-    run = build(args)
+    run = build(args, stop)
     try:
-        with run.stop:
-            start(run)
-            finished = train(run)
-            if finished:
-                finish(run)
+        start(run)
+        finished = train(run)
+        if finished:
+            finish(run)
+        else:
+            run.accelerator.print(f"\nstopped after step {run.progress.step}: --resume_from_checkpoint latest goes on")
     finally:
         run.observer.end()
     accelerator = run.accelerator
@@ -179,7 +181,7 @@ def train_one(args: TrainArguments) -> bool:
     return finished
 
 
-def train_apart(args: TrainArguments, method: str) -> bool:
+def train_apart(args: TrainArguments, method: str, stop: StopSignal) -> bool:
     """An ordinary run per task, one after another, each in a folder of its own; then the figures of all as one.
 
     Resumed, runs that are finished stay as they are, and the one under way goes on. Returns whether all are finished.
@@ -191,7 +193,10 @@ def train_apart(args: TrainArguments, method: str) -> bool:
         single = replace(args, method=method, tasks=[text], output_dir=str(folder), resume_from_checkpoint=begun)
         single.loss_weights = [w for w in args.loss_weights if w.partition("=")[0] == text.partition("=")[0]]
         single.allow_unlabelled = True  # of an image that another task has a label of
-        if not (resume and is_finished(single)) and not train_one(single):
+        if resume and is_finished(single):
+            continue
+        # Asked to stop in its last measuring, a run writes its results; the next one must not begin.
+        if not train_one(single, stop) or stop.asked():
             return False
     if PartialState().is_main_process:
         own = {"method": args.method, "arguments": asdict(args)}
@@ -226,7 +231,7 @@ def start(run: Run) -> None:
 
 
 def train(run: Run) -> bool:
-    """All epochs that are left, with validation and checkpoints on the way. Returns whether they were all."""
+    """All epochs that are left, with validation and checkpoints on the way. Returns False if asked to stop."""
     args, progress = run.args, run.progress
     bar = tqdm(total=run.total_steps, initial=progress.step, desc="training", dynamic_ncols=True)
     while progress.epoch < args.num_train_epochs:
@@ -242,7 +247,7 @@ def train(run: Run) -> bool:
         validate(run)
     if args.save_steps and progress.step % args.save_steps:
         save(run)
-    return True
+    return not run.stop.asked()
 
 
 def save(run: Run) -> None:
@@ -283,11 +288,10 @@ def train_epoch(run: Run, bar: tqdm) -> bool:
         run.observer.step(progress, losses, chunk, rate)
         if args.eval_steps and progress.step % args.eval_steps == 0:
             validate(run)
-        if args.save_steps and progress.step % args.save_steps == 0:
+        asked = run.stop.asked()
+        if asked or (args.save_steps and progress.step % args.save_steps == 0):
             save(run)
-        if run.stop.asked():
-            save(run)
-            accelerator.print(f"\nstopped after step {progress.step}: --resume_from_checkpoint latest goes on")
+        if asked:
             return False
         begun = time.perf_counter()
     return True
@@ -309,7 +313,7 @@ def validate(run: Run) -> None:
         checkpoint.save_best(run.accelerator, run.model, run.output_dir)
 
 
-def build(args: TrainArguments) -> Run:
+def build(args: TrainArguments, stop: StopSignal) -> Run:
     """Everything before the first step."""
     method = find_method(args.method)
     accelerator, order = launch(args, method)
@@ -360,7 +364,7 @@ def build(args: TrainArguments) -> Run:
         passes=passes,
         balancers=balancers,
         total_steps=total_steps,
-        stop=StopSignal(accelerator),
+        stop=stop,
         observer=observer,
         progress=checkpoint.Progress(tasks=base.config.tasks, arguments={**deciding_arguments(args), **launched}),
     )

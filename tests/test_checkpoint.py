@@ -153,6 +153,41 @@ def test_checkpoints_of_a_run_that_was_given_up_do_not_outlive_a_new_one(run, tm
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
+def moments_of_a_save(monkeypatch):
+    """Counts the changes of folders in a save; at the one that is set, the process is as if it were killed."""
+    kill = SimpleNamespace(at=0, count=0)
+
+    def killing(change):
+        def changed(*args, **keywords):
+            kill.count += 1
+            if kill.count == kill.at:
+                raise KeyboardInterrupt
+            return change(*args, **keywords)
+
+        return changed
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, killing(getattr(owner, name)))
+    return kill
+
+
+def test_a_step_that_is_saved_again_is_never_without_a_checkpoint(run, tmp_path, monkeypatch):
+    """The only one that is kept, whichever change of folders is the last one."""
+    run.progress.step = 4
+    save(run, tmp_path, keep=1)
+    kill = moments_of_a_save(monkeypatch)
+    for at in range(1, 99):
+        kill.at, kill.count = at, 0
+        try:
+            save(run, tmp_path, keep=1)
+        except KeyboardInterrupt:
+            assert checkpoint.read_progress(find_checkpoint(tmp_path, "latest")).step == 4
+        else:
+            break
+    assert at > 4
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
 def test_at_least_one_is_kept(run, tmp_path):
     with pytest.raises(ValueError, match="`save_total_limit` is 0; allowed: 1 or more"):
         save(run, tmp_path, keep=0)

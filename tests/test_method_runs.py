@@ -7,6 +7,7 @@ import runpy
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import peft_talora
-from peft_talora import SyntheticScenes, checkpoint, fitting, results
+from peft_talora import SyntheticScenes, checkpoint, evaluation, fitting, results
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TASKS = ["segmentation", "depth"]
@@ -291,6 +292,33 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_resumed_to_the_same_weights(me
     assert signal.getsignal(signal.SIGTERM) is before
     folder = tmp_path / (TASKS[0] if method in SINGLE else "")
     assert checkpoint.find_checkpoint(folder, "latest").name == "checkpoint-3"
+    assert not (tmp_path / TASKS[1]).exists()
+    train(arguments, method, TASKS, tmp_path, "--resume_from_checkpoint", "latest")
+    for name in TASKS if method in SINGLE else [""]:
+        assert_same_weights(tmp_path / name, trained / method / name)
+
+
+@pytest.mark.parametrize(("method", "measuring"), [("talora", 3), ("talora", 4), ("lora-stl", 3), ("lora-stl", 4)])
+def test_a_run_that_is_asked_to_stop_while_it_measures_begins_nothing_else(
+    method, measuring, arguments, trained, tmp_path
+):
+    """SIGTERM in the last validation, the third measuring, or in the final one, whose results are written."""
+    taken, measured = evaluation.evaluate, []
+
+    def evaluate(*args, **keywords):
+        measured.append(args)
+        if len(measured) == measuring:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken(*args, **keywords)
+
+    finished = measuring == 4 and method not in SINGLE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", evaluate)
+        with nullcontext() if finished else pytest.raises(SystemExit, match="143"):
+            train(arguments, method, TASKS, tmp_path)
+    folder = tmp_path / (TASKS[0] if method in SINGLE else "")
+    assert len(measured) == measuring
+    assert (folder / "results.json").exists() == (measuring == 4)
     assert not (tmp_path / TASKS[1]).exists()
     train(arguments, method, TASKS, tmp_path, "--resume_from_checkpoint", "latest")
     for name in TASKS if method in SINGLE else [""]:

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import peft_talora
 from peft_talora import checkpoint
+from peft_talora.stopping import StopSignal
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TRAIN, EVALUATE = str(RECIPES / "train.py"), str(RECIPES / "evaluation.py")
@@ -335,7 +336,7 @@ def test_alternating_updates_are_a_clipped_step_per_task(sam_folder, tmp_path):
     args = train.TrainArguments(base=str(sam_folder), output_dir=str(tmp_path), num_images=3, num_threads=1)
     args.learning_rate, args.updates, args.max_grad_norm, args.weight_decay = 1e-3, "alternating", 0.5, 0.1
     args.per_device_train_batch_size = 2
-    run, by_hand = train.build(args), train.build(args)
+    run, by_hand = (train.build(args, StopSignal()) for _ in range(2))
     (batch,) = by_hand.loader
     model, kept = by_hand.model, {name: p.clone() for name, p in run.model.named_parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -428,12 +429,23 @@ def test_one_process_goes_on_where_two_stopped(by_two, by_one, small, tmp_path, 
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         load_recipe(TRAIN).main()
 
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 \(now 4\), num_processes=2 \(now 1\)"):
+    with pytest.raises(ValueError, match=r"with num_processes=2 \(now 1\): resume .*, or share a step out otherwise"):
         go_on()
     with pytest.raises(ValueError, match=r"has 4 images a step, and .* make 8: give such that make 4"):
         go_on("--allow_reshard", "--per_device_train_batch_size", 2)
     go_on("--allow_reshard")
     assert "checkpoint-6: step 6 of 8" in capsys.readouterr().out
+    one, resumed = (read_results(folder)["history"] for folder in (by_one[0], tmp_path))
+    assert [entry["step"] for entry in resumed] == [4, 8]
+    assert resumed[-1]["losses"] == pytest.approx(one[-1]["losses"], rel=1e-2)
+
+
+def test_two_processes_go_on_where_one_stopped(by_one, small, tmp_path):
+    """Over a whole epoch: the second process has no random state yet."""
+    torchrun = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
+    resume = ["--resume_from_checkpoint", by_one[0] / "checkpoint-4", "--allow_reshard", "--output_dir", tmp_path]
+    output = run(torchrun, *small, *by_one[1], "--gradient_accumulation_steps", 2, *resume)
+    assert "checkpoint-4: step 4 of 8" in output
     one, resumed = (read_results(folder)["history"] for folder in (by_one[0], tmp_path))
     assert [entry["step"] for entry in resumed] == [4, 8]
     assert resumed[-1]["losses"] == pytest.approx(one[-1]["losses"], rel=1e-2)
