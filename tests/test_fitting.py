@@ -20,10 +20,10 @@ def accelerator():
 
 @pytest.fixture
 def little_memory():
-    """600 MiB more than this process has: PyTorch's own allocator fails beyond."""
+    """500 MiB more than this process has: PyTorch's own allocator fails beyond."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 600 * MIB, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 500 * MIB, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
