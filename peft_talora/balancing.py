@@ -15,7 +15,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from .engine import Activate, TaskOrder, backward, count_labels, counts_of_part, keep_active, task_groups
+from .engine import (
+    Activate,
+    TaskOrder,
+    backward,
+    count_labels,
+    counts_of_part,
+    fork_random,
+    keep_active,
+    losses_of,
+    task_groups,
+)
 from .tasks import Task
 from .weighting import FAMO, GradientWeighting, Weighting
 
@@ -122,11 +132,7 @@ class Balancer:
         counts = count_labels(self.accelerator, self.tasks, batches)
         labelled = self._labelled(counts).tolist()
         parts, shared = counts_of_part(self.accelerator, counts), self._parted()[1]
-        device = self.accelerator.device
-        others = (
-            {"devices": []} if device.type in ("cpu", "mps") else {"devices": [device], "device_type": device.type}
-        )
-        with torch.random.fork_rng(**others):
+        with fork_random(self.accelerator.device):
             rows = [sum(self._gradient(task.name, batch, parts, shared) for batch in batches) for task in self.tasks]
         unit_TN = nn.functional.normalize(self._average(torch.stack(rows)).double(), dim=1)
         cosine_TT = (unit_TN @ unit_TN.T).tolist()
@@ -143,7 +149,7 @@ class Balancer:
         next one for the gradients of all that.
         """
         model, scaler = self.accelerator.unwrap_model(self.model), self.accelerator.scaler
-        loss = self._losses_of(model, batch, parts, [task])[task]
+        loss = losses_of(model, batch, [task], self.activate, parts)[task]
         if scaler is not None:
             loss = loss * scaler.get_scale()  # in float16 small gradients would vanish; the angles stay
         gradients = torch.autograd.grad(loss, shared, materialize_grads=True)
@@ -233,19 +239,8 @@ class Balancer:
     def _losses(self, batch: Mapping[str, Any], parts) -> dict[str, Tensor]:
         losses = {}
         for group in task_groups([task.name for task in self.tasks], self.order):
-            losses |= self._losses_of(self.model, batch, parts, group)
+            losses |= losses_of(self.model, batch, group, self.activate, parts)
         return losses
-
-    def _losses_of(self, model: nn.Module, batch: Mapping[str, Any], parts, group: Sequence[str]) -> dict[str, Tensor]:
-        self.activate(group)
-        output = model(
-            pixel_values=batch["pixel_values"],
-            tasks=group,
-            labels={name: batch["labels"][name] for name in group},
-            pixel_counts=parts,
-            original_sizes=batch["original_sizes"],
-        )
-        return output.losses
 
     def _whole(self, losses: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The losses (T,) of the step from those of its batches, float64 on the CPU."""

@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .files import check_safetensors, digest, sync, write_aside, write_json
+from .files import check_safetensors, digest, sync, sync_one, write_aside, write_json
 from .hub import WEIGHTS_NAME
 
 MANIFEST_NAME = "manifest.json"
@@ -167,6 +167,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
                 _remove(replaced)
             target.rename(replaced)  # where it is still found
         aside.rename(target)
+        sync_one(folder)
         if replaced.exists():
             _remove(replaced)
         found = list_checkpoints(folder)

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
@@ -270,6 +271,8 @@ def open_split(
 
 
 def _first(dataset: Dataset, most: int | None) -> Dataset:
+    if most is not None and most < 1:
+        raise ValueError(f"`max_train_samples` or `max_eval_samples` is {most}; allowed: 1 or more.")
     return dataset if most is None or most >= len(dataset) else Subset(dataset, range(most))
 
 
@@ -535,6 +538,32 @@ def counts_of_part(accelerator: Accelerator, counts: Mapping[str, torch.Tensor])
     return None if parts == 1 else {name: value / parts for name, value in counts.items()}
 
 
+def losses_of(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    group: Sequence[str],
+    activate: Activate = keep_active,
+    pixel_counts: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The losses of the tasks of one pass through the encoder; the arguments are those of [`backward`]."""
+    activate(group)
+    output = model(
+        pixel_values=batch["pixel_values"],
+        tasks=group,
+        labels={name: batch["labels"][name] for name in group},
+        pixel_counts=pixel_counts,
+        original_sizes=batch["original_sizes"],
+    )
+    return output.losses
+
+
+def fork_random(device: torch.device) -> AbstractContextManager:
+    """Inside, random numbers are drawn as ever; after it, as if none had been. Those of MPS alone are drawn on."""
+    if device.type in ("cpu", "mps"):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
 def backward(
     accelerator: Accelerator,
     model: nn.Module,
@@ -566,17 +595,10 @@ def backward(
     losses = {}
     groups = task_groups(list(batch["labels"]), order)
     for group in groups:
-        activate(group)
-        output = model(
-            pixel_values=batch["pixel_values"],
-            tasks=group,
-            labels={name: batch["labels"][name] for name in group},
-            pixel_counts=pixel_counts,
-            original_sizes=batch["original_sizes"],
-        )
+        found = losses_of(model, batch, group, activate, pixel_counts)
         # With the last loss, in its one backward: several processes average the gradients of each backward once.
         last = regularizer is not None and group is groups[-1]
-        loss = sum(weights[name] * loss for name, loss in output.losses.items())
+        loss = sum(weights[name] * loss for name, loss in found.items())
         accelerator.backward(loss + regularizer() if last else loss)
-        losses |= {name: loss.detach() for name, loss in output.losses.items()}
+        losses |= {name: loss.detach() for name, loss in found.items()}
     return losses

@@ -36,6 +36,7 @@ def write_aside(folder: str | Path, owned: Collection[str] = ()):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
             written.add(target)
+        sync_one(folder)
         for name in owned:
             if folder / name not in written:
                 (folder / name).unlink(missing_ok=True)
@@ -67,10 +68,18 @@ def digest(file: str | Path) -> str:
 
 
 def sync(folder: Path) -> None:
-    """Force the content of all files below a folder onto the disk."""
-    for file in (path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    """Force the content of all files below a folder onto the disk, and which files there are."""
+    for path in (*folder.rglob("*"), folder):
+        sync_one(path)
+
+
+def sync_one(path: Path) -> None:
+    """Force the content of a file onto the disk, or which names a folder holds: a rename may be lost until then."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def same_files(folder: str | Path, other: str | Path) -> bool:

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 
+from .engine import fork_random
+
 
 def find_batch_size(accelerator: Accelerator, batch_size: int, attempt: Callable[[int], None]) -> int:
     """The largest divisor of a batch size that fits, so that a step can be made up of several whole batches.
@@ -26,21 +28,19 @@ def find_batch_size(accelerator: Accelerator, batch_size: int, attempt: Callable
     """
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         return batch_size
-    device = accelerator.device
-    others = {"devices": []} if device.type in ("cpu", "mps") else {"devices": [device], "device_type": device.type}
     smaller = iter([size for size in range(batch_size - 1, 0, -1) if batch_size % size == 0])
 
     @find_executable_batch_size(starting_batch_size=batch_size, reduce_batch_size_fn=lambda: next(smaller, 0))
     def largest(size: int) -> int:
         full = False
-        with torch.random.fork_rng(**others):
+        with fork_random(accelerator.device):
             try:
                 attempt(size)
             except Exception as error:
                 if not should_reduce_batch_size(error):
                     raise
                 full = True
-        if accelerator.reduce(torch.tensor(float(full), device=device), "sum") > 0:
+        if accelerator.reduce(torch.tensor(float(full), device=accelerator.device), "sum") > 0:
             # The first error would keep what was held when it was raised.
             raise RuntimeError("a process is out of memory.")
         return size

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from format_cases import save
 from PIL import Image
 
 from peft_talora.data import FolderDataset
@@ -10,14 +11,6 @@ H, W = 6, 8
 SEGMENTATION, DEPTH, NORMALS, EDGES = (
     make_task(name, channels) for name, channels in {"segmentation": 4, "depth": 1, "normals": 3, "edges": 1}.items()
 )
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, array)
-    else:
-        Image.fromarray(array).save(path)
 
 
 @pytest.fixture

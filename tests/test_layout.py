@@ -42,7 +42,7 @@ ALLOWED = {
         "small_sam",
         "tasks",
     },
-    "fitting": set(),
+    "fitting": {"engine"},
     "observation": {"balancing", "checkpoint", "files", "results"},
     "stopping": set(),
     "metric_module": {"metrics"},
