@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import Dataset
 
 from .data import Collator
-from .engine import DataArguments, open_split
 from .evaluation import predict
 from .files import finite, write_aside, write_json
 from .hub import load, load_image_processor, results_table
 from .plotting import draw_predictions
 from .results import combine
+from .sources import DataArguments, open_split
 from .tasks import Task
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_talora import engine
+from peft_talora import engine, sources
 from peft_talora.benchmark.cost import measure_cost
 from peft_talora.benchmark.plan import Benchmark, run_seeds
 from peft_talora.benchmark.protocols import PROTOCOLS, Protocol
@@ -182,14 +182,14 @@ def build(args: BenchmarkArguments) -> Benchmark:
 def check_images(benchmark: Benchmark) -> None:
     """Refuse a folder whose images are not the protocol's."""
     protocol = benchmark.protocol
-    args = engine.DataArguments(
+    args = sources.DataArguments(
         data_root=benchmark.data_root,
         data_format=[protocol.data_format],
         ignored_class=protocol.ignored_class,
         derive_edges=protocol.derive_edges,
     )
     for split, folder in protocol.folders.items():
-        protocol.check_split(split, engine.open_split(args, folder, protocol.tasks, 0))
+        protocol.check_split(split, sources.open_split(args, folder, protocol.tasks, 0))
 
 
 @dataclass(frozen=True)

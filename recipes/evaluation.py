@@ -14,11 +14,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import peft_talora
-from peft_talora import data, engine, evaluation, files, hub
+from peft_talora import data, engine, evaluation, files, hub, sources
 
 
 @dataclass
-class EvaluateArguments(engine.DataArguments):
+class EvaluateArguments(sources.DataArguments):
     """What the recipe can be told, beside what `DataArguments` says."""
 
     adapter: str = field(default="runs/train", metadata={"help": "The adapter's folder, or its Hub id."})
@@ -43,7 +43,7 @@ def main() -> None:
     tasks = [base.task(name) for name in base.task_names]
     collator = data.Collator(tasks, peft_talora.load_image_processor(folder))
     image_size = base.config.vision_config.image_size
-    dataset = engine.open_split(args, args.split, tasks, image_size, args.max_eval_samples)
+    dataset = sources.open_split(args, args.split, tasks, image_size, args.max_eval_samples)
     order = engine.resolve_task_order(args.task_order, accelerator.device, base.task_conditional)
     metrics, _ = evaluation.evaluate(accelerator, model, dataset, collator, args.per_device_eval_batch_size, order)
     for task, figures in metrics.items():
@@ -63,7 +63,7 @@ def defaults_of(folder: Path) -> dict:
         return {}
     results = json.loads(file.read_text())
     trained = results["arguments"]
-    known = {field.name for field in fields(engine.DataArguments)}
+    known = {field.name for field in fields(sources.DataArguments)}
     defaults = {name: value for name, value in trained.items() if name in known}
     defaults |= {name: results[name] for name in ("task_order", "mixed_precision")}
     return {"split": trained["test_split"], **defaults}

@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, send_to_devi
 from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
-from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam
+from peft_talora import checkpoint, data, engine, evaluation, hub, report, results, small_sam, sources
 from peft_talora.balancing import Balancer
 from peft_talora.fitting import find_batch_size
 from peft_talora.methods import AdapterArguments, Method, find_method
@@ -38,7 +38,7 @@ PLAIN = ("equal", "fixed")  # weightings under which each task can have optimise
 
 
 @dataclass
-class TrainArguments(ObservationArguments, engine.SplitArguments, AdapterArguments):
+class TrainArguments(ObservationArguments, sources.SplitArguments, AdapterArguments):
     """What the recipe can be told, beside what those that it inherits say."""
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder for all results."})
@@ -323,14 +323,14 @@ def build(args: TrainArguments, stop: StopSignal) -> Run:
     image_size = base.config.vision_config.image_size
     processor = data.make_image_processor(image_size, args.normalize)
     collator = data.Collator([base.task(name) for name in base.task_names], processor)
-    train_set, val_set, test_set = engine.open_splits(args, args.seed, collator.tasks, image_size)
-    sampler = engine.mixed_sampler(args, args.seed, train_set.dataset)
+    train_set, val_set, test_set = sources.open_splits(args, args.seed, collator.tasks, image_size)
+    sampler = sources.mixed_sampler(args, args.seed, train_set.dataset)
     passes = {"order": order, "activate": partial(method.activate, model)}
     weights = engine.parse_weights(args.loss_weights, base.config.tasks)
     if args.auto_find_batch_size:
         args = fit(args, accelerator, model, collator, train_set, weights, passes)
     at_a_time = accelerator.num_processes * args.gradient_accumulation_steps
-    loader = engine.make_loader(args, args.seed, train_set, collator, at_a_time, sampler)
+    loader = sources.make_loader(args, args.seed, train_set, collator, at_a_time, sampler)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

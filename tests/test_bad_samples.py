@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from peft_talora import engine, make_task
+from peft_talora import make_task, sources
 from peft_talora.data import BadSample, FolderDataset, readable
 from peft_talora.data.bad_samples import reading
 
@@ -169,16 +169,16 @@ def test_a_run_skips_what_cannot_be_read_and_says_so(tmp_path):
     write_folder(tmp_path)
     for index in (2, 5):
         emptied(tmp_path / "train" / "image" / f"{index}.png", random.Random(0))
-    args = engine.DataArguments(data_root=str(tmp_path), on_bad_sample="skip")
+    args = sources.DataArguments(data_root=str(tmp_path), on_bad_sample="skip")
     with pytest.warns(UserWarning, match=r"2 of 8 samples of 'train' are skipped:\n.*2\.png.*\n.*5\.png"):
-        dataset = engine.open_split(args, "train", TASKS, 64)
+        dataset = sources.open_split(args, "train", TASKS, 64)
     assert [dataset[index]["name"] for index in range(len(dataset))] == ["0", "1", "3", "4", "6", "7"]
     args.on_bad_sample = "raise"
     with pytest.raises(BadSample, match=r"2\.png"):
-        engine.open_split(args, "train", TASKS, 64)[2]
+        sources.open_split(args, "train", TASKS, 64)[2]
     args.on_bad_sample = "hide"
     with pytest.raises(ValueError, match="`on_bad_sample` is 'hide'; allowed: 'raise', 'skip'"):
-        engine.open_split(args, "train", TASKS, 64)
+        sources.open_split(args, "train", TASKS, 64)
 
 
 def test_a_folder_of_which_nothing_can_be_read_is_refused(tmp_path):

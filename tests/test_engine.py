@@ -21,6 +21,7 @@ from peft_talora import (
     make_task,
     orthogonality_loss,
     results,
+    sources,
 )
 from peft_talora.data import SYNTHETIC_TASKS
 
@@ -142,7 +143,7 @@ def test_gradients_are_those_of_the_weighted_sum(accelerator, model, collator, s
 
 
 def test_weights_of_the_losses_are_those_of_the_kinds_or_as_given():
-    tasks = engine.parse_tasks(engine.DataArguments(), ["segmentation", "facing=normals:3", "depth"])
+    tasks = engine.parse_tasks(sources.DataArguments(), ["segmentation", "facing=normals:3", "depth"])
     assert engine.parse_weights([], tasks) == {"segmentation": 1, "facing": 4, "depth": 1}
     assert engine.parse_weights(["facing=2.5", "depth=3"], tasks) == {"segmentation": 1, "facing": 2.5, "depth": 3}
     for text, message in (("edges=1", "name of segmentation, facing"), ("depth=0", "positive"), ("depth", "positive")):
@@ -224,7 +225,7 @@ def test_tasks_are_parsed():
 
 
 @dataclass
-class Arguments(engine.DataArguments):
+class Arguments(sources.DataArguments):
     rate: float = field(default=0.1, metadata={"help": "A number."})
     names: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "A list."})
 
@@ -247,6 +248,6 @@ def test_edges_are_derived_without_the_borders_of_what_is_ignored(names, tmp_pat
     classes = np.array([[0, 0, 1, 1, 7, 7]] * 4, np.uint8)
     Image.fromarray(classes).save(tmp_path / "train" / "segmentation" / "a.png")
     tasks = [make_task(name, {"segmentation": 2, "edges": 1}[name]) for name in names]
-    args = engine.DataArguments(data_root=str(tmp_path), ignored_class=7, derive_edges=True)
-    labels = engine.open_split(args, "train", tasks, image_size=64)[0]["labels"]
+    args = sources.DataArguments(data_root=str(tmp_path), ignored_class=7, derive_edges=True)
+    labels = sources.open_split(args, "train", tasks, image_size=64)[0]["labels"]
     assert labels["edges"][0].tolist() == [0, 1, 1, 255, 255, 255]

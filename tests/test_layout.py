@@ -29,7 +29,8 @@ ALLOWED = {
     "hub": {"files", "msam", "msam_config", "tuner"},
     "lora_folder": {"files", "hub"},
     "lora": {"files", "hub", "lora_folder", "msam", "tuner"},
-    "engine": {"data", "losses", "msam_config", "tasks"},
+    "sources": {"data", "losses", "tasks"},
+    "engine": {"data", "msam_config", "sources", "tasks"},
     "benchmark": {
         "checkpoint",
         "data",
@@ -67,7 +68,7 @@ ALLOWED = {
         "tasks",
         "tuner",
     },
-    "report": {"data", "engine", "evaluation", "files", "hub", "plotting", "results", "tasks"},
+    "report": {"data", "evaluation", "files", "hub", "plotting", "results", "sources", "tasks"},
 }
 
 

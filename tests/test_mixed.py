@@ -9,7 +9,7 @@ from format_cases import scene, write_nyud, write_parquet
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from peft_talora import engine, make_task
+from peft_talora import make_task, sources
 from peft_talora.data import BadSample, MixedSampler, MixedTasks, shares_by_size
 from peft_talora.data.mixed import apportion
 
@@ -121,20 +121,20 @@ def folders(tmp_path):
 
 
 def test_disjoint_folders_are_one_data_set(folders):
-    args = engine.DataArguments(data_root=folders[0], mix=[folders[1]])
-    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
+    args = sources.DataArguments(data_root=folders[0], mix=[folders[1]])
+    dataset = sources.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
     assert len(dataset) == 16
     assert dataset[0]["labels"].keys() == {"segmentation"}
     assert dataset[4]["labels"].keys() == {"depth"}
     with pytest.raises(ValueError, match=r"none of .* has labels of edges in the split 'train'"):
-        engine.open_split(args, "train", [SEGMENTATION, EDGES, DEPTH], 64)
+        sources.open_split(args, "train", [SEGMENTATION, EDGES, DEPTH], 64)
     args.derive_edges = True
-    derived = engine.open_split(args, "train", [SEGMENTATION, EDGES, DEPTH], 64)
+    derived = sources.open_split(args, "train", [SEGMENTATION, EDGES, DEPTH], 64)
     assert derived[0]["labels"].keys() == {"segmentation", "edges"}
     with pytest.raises(ValueError, match="has none of the folders segmentation"):
-        engine.open_split(args, "train", [SEGMENTATION], 64)
+        sources.open_split(args, "train", [SEGMENTATION], 64)
     with pytest.raises(ValueError, match="needs `data_root`"):
-        engine.open_split(engine.DataArguments(mix=[folders[1]]), "train", [SEGMENTATION], 64)
+        sources.open_split(sources.DataArguments(mix=[folders[1]]), "train", [SEGMENTATION], 64)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_disjoint_folders_are_one_data_set(folders):
     [(["proportional"], [4, 12]), (["temperature=2"], [6, 10]), (["1", "1"], [8, 8]), (["3", "1"], [12, 4])],
 )
 def test_batches_have_the_shares_that_the_recipe_is_told(words, counts, folders):
-    args = engine.DataArguments(data_root=folders[0], mix=[folders[1]], mix_by=words)
-    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
-    sampler = engine.mixed_sampler(args, 0, dataset)
+    args = sources.DataArguments(data_root=folders[0], mix=[folders[1]], mix_by=words)
+    dataset = sources.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
+    sampler = sources.mixed_sampler(args, 0, dataset)
     names = [sample["name"] for batch in DataLoader(dataset, 4, sampler=sampler, collate_fn=list) for sample in batch]
     assert [sum(name.startswith(folder + "/") for name in names) for folder in folders] == counts
 
 
 @pytest.mark.parametrize("words", [["even"], ["temperature=cold"], ["temperature=0"], ["1"], ["1", "-1"]])
 def test_other_ways_to_mix_are_refused(words, folders):
-    args = engine.DataArguments(data_root=folders[0], mix=[folders[1]], mix_by=words)
-    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
+    args = sources.DataArguments(data_root=folders[0], mix=[folders[1]], mix_by=words)
+    dataset = sources.open_split(args, "train", [SEGMENTATION, DEPTH], 64)
     with pytest.raises(ValueError, match=r"`mix_by` is .*; allowed: 'proportional', 'temperature=T', or 2 weights"):
-        engine.mixed_sampler(args, 0, dataset)
+        sources.mixed_sampler(args, 0, dataset)
 
 
 def test_places_of_different_formats_are_one_data_set(folders, tmp_path):
@@ -163,21 +163,21 @@ def test_places_of_different_formats_are_one_data_set(folders, tmp_path):
     columns = tmp_path / "map.yaml"
     columns.write_text("tasks: {depth: {column: depth, scale: 2}}")
     places = {"data_root": folders[0], "mix": [str(tmp_path / "nyud"), str(tmp_path / "rows")]}
-    args = engine.DataArguments(**places, data_format=["folder", "nyud-40", str(columns)])
-    dataset = engine.open_split(args, "train", [SEGMENTATION, DEPTH], 64, most=2)
+    args = sources.DataArguments(**places, data_format=["folder", "nyud-40", str(columns)])
+    dataset = sources.open_split(args, "train", [SEGMENTATION, DEPTH], 64, most=2)
     assert dataset.sizes == [2, 1, 2]
     with pytest.raises(BadSample, match=r"0003\.png: label of task 'segmentation' holds 39"):
         dataset[2]
     assert np.array_equal(dataset[4]["labels"]["depth"], 2 * scene(1)["depth"])
-    others = engine.DataArguments(data_root=args.mix[0], mix=args.mix[1:], data_format=args.data_format[1:])
+    others = sources.DataArguments(data_root=args.mix[0], mix=args.mix[1:], data_format=args.data_format[1:])
     with pytest.raises(ValueError, match=r"nyud \(nyud-40\) has labels of segmentation, depth, normals, edges alone"):
-        engine.open_split(others, "train", [PARTS], 64)
+        sources.open_split(others, "train", [PARTS], 64)
     for formats, words in (
         (["folders"], "`data_format` has 'folders'; allowed: 'folder', nyuv2-13"),
         (["folder", "nyud-40"], "allowed: one, or one for each of"),
     ):
         with pytest.raises(ValueError, match=words):
-            engine.open_split(engine.DataArguments(**places, data_format=formats), "train", [DEPTH], 64)
+            sources.open_split(sources.DataArguments(**places, data_format=formats), "train", [DEPTH], 64)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,13 @@ def test_places_of_different_formats_are_one_data_set(folders, tmp_path):
     [{}, {"data_format": ["nyuv2-13"], "mix": ["more"]}, {"data_format": ["nyuv2-13"], "on_bad_sample": "skip"}],
 )
 def test_only_one_data_set_of_rows_is_streamed(changes, folders):
-    args = engine.SplitArguments(data_root=folders[0], streaming=True, **changes)
+    args = sources.SplitArguments(data_root=folders[0], streaming=True, **changes)
     with pytest.raises(ValueError, match="`streaming` is asked for with"):
-        engine.open_splits(args, 0, [DEPTH], 64)
+        sources.open_splits(args, 0, [DEPTH], 64)
 
 
 def test_files_are_not_streamed(tmp_path):
     write_nyud(tmp_path)
-    args = engine.SplitArguments(data_root=str(tmp_path), streaming=True, data_format=["nyud-40"])
+    args = sources.SplitArguments(data_root=str(tmp_path), streaming=True, data_format=["nyud-40"])
     with pytest.raises(ValueError, match="is a folder of nyud-40 files"):
-        engine.open_splits(args, 0, [DEPTH], 64)
+        sources.open_splits(args, 0, [DEPTH], 64)
