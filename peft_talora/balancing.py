@@ -26,6 +26,7 @@ from .engine import (
     losses_of,
     task_groups,
 )
+from .sharding import refuse_split
 from .tasks import Task
 from .weighting import FAMO, GradientWeighting, Weighting
 
@@ -69,6 +70,8 @@ class Balancer:
                 f"`task_order` is {self.order!r} and `gradient_accumulation_steps` {accumulated}; with DeepSpeed, "
                 "which takes a step in every backward pass, allowed: 'folded' and 1."
             )
+        if self.regularizer is not None and kind is DistributedType.FSDP:
+            refuse_split(self.accelerator, "a regulariser")
         if not isinstance(self.weighting, GradientWeighting):
             return
         if self.order != "sequential":
@@ -80,11 +83,7 @@ class Balancer:
                 "mixed precision is 'fp16', whose gradients are scaled; a weighting that needs gradients allows: "
                 "'no', 'bf16'."
             )
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"the model is split over processes by {kind.value}; a weighting that needs gradients allows data "
-                "parallelism alone."
-            )
+        refuse_split(self.accelerator, "a weighting that needs gradients")
 
     def backward(self, batches: Batches, step: int, epoch: int = 0) -> dict[str, Tensor]:
         """The gradients of a step, where there were none.

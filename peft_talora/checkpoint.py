@@ -23,10 +23,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import extract_model_from_parallel, set_seed
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .files import check_safetensors, digest, sync, sync_one, write_aside, write_json
 from .hub import WEIGHTS_NAME
+from .sharding import taking_whole, whole_state
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
@@ -93,27 +94,39 @@ class Progress:
 
 
 def save_adapter_only(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """`Accelerator.save_state` hook: of a `PeftModel`, its adapters are saved and no more, once for all processes."""
+    """`Accelerator.save_state` hook: of a `PeftModel`, its adapters are saved and no more, once for all processes.
+
+    Beside them Accelerate writes all of a model that FSDP splits.
+    """
     weights.clear()
-    if not PartialState().is_main_process:
-        return
     model = extract_model_from_parallel(models[0])
-    state = {}
-    for adapter, prefix in _prefixes(model).items():
-        own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-        state |= {prefix + name: value.contiguous() for name, value in own.items()}
-    save_file(state, Path(folder) / WEIGHTS_NAME)
+    whole = whole_state(model)
+    if PartialState().is_main_process:
+        _save_adapters(model, whole, Path(folder))
 
 
 def load_adapter_only(models: list[nn.Module], folder: str) -> None:
     """`Accelerator.load_state` hook, the counterpart of [`save_adapter_only`]."""
-    model = extract_model_from_parallel(models.pop())
-    file = Path(folder) / WEIGHTS_NAME
+    if models:  # none where FSDP splits it: Accelerate has loaded it
+        _load_adapters(extract_model_from_parallel(models.pop()), Path(folder))
+
+
+def _save_adapters(model: PeftModel, whole: dict[str, Tensor], folder: Path) -> None:
+    state = {}
+    for adapter, prefix in _prefixes(model).items():
+        own = get_peft_model_state_dict(model, whole, adapter_name=adapter, save_embedding_layers=False)
+        state |= {prefix + name: value.contiguous() for name, value in own.items()}
+    save_file(state, folder / WEIGHTS_NAME)
+
+
+def _load_adapters(model: PeftModel, folder: Path) -> None:
+    file = folder / WEIGHTS_NAME
     check_safetensors(file)
     state = load_file(file)
-    for adapter, prefix in _prefixes(model).items():
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        set_peft_model_state_dict(model, own, adapter_name=adapter)
+    with taking_whole(model):
+        for adapter, prefix in _prefixes(model).items():
+            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            set_peft_model_state_dict(model, own, adapter_name=adapter)
 
 
 def _prefixes(model: PeftModel) -> dict[str, str]:
@@ -123,16 +136,18 @@ def _prefixes(model: PeftModel) -> dict[str, str]:
 
 
 def save_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
-    """Keep the adapter as the best so far, in `folder/best`."""
+    """Keep the adapter as the best so far, in `folder/best`; called in all processes."""
+    model = accelerator.unwrap_model(model)
+    whole = whole_state(model)
     if accelerator.is_main_process:
         with write_aside(folder / "best") as aside:
-            save_adapter_only([model], [], aside)
+            _save_adapters(model, whole, aside)
 
 
 def load_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
     """Put the best adapter so far into the model, in every process."""
     accelerator.wait_for_everyone()
-    load_adapter_only([model], folder / "best")
+    _load_adapters(accelerator.unwrap_model(model), folder / "best")
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:

@@ -29,7 +29,8 @@ def evaluate(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """All metrics and losses of all tasks over a data set, pooled over its labelled pixels.
 
-    Every process takes its share of the images and the counts are added, so each image counts once.
+    Every process takes its share of the images and the counts are added, so each image counts once. All processes
+    make as many passes, as a model that is split over them demands.
 
     Args:
         accelerator: Says on which device, and with which other processes.
@@ -46,10 +47,13 @@ def evaluate(
     model = accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
-    with accelerator.split_between_processes(list(range(len(dataset)))) as indices:
+    images = list(range(len(dataset)))
+    with accelerator.split_between_processes(images) as own:
+        left = len(own)
+    with accelerator.split_between_processes(images, apply_padding=True) as padded:
         # From the global generator, the loader would draw a number, and shift the dropout of the steps to come.
-        own = torch.Generator()
-        loader = DataLoader(Subset(dataset, indices), batch_size=batch_size, collate_fn=collator, generator=own)
+        drawn = torch.Generator()
+        loader = DataLoader(Subset(dataset, padded), batch_size=batch_size, collate_fn=collator, generator=drawn)
     metrics = {task.name: task.metric() for task in collator.tasks}
     sums = {task.name: torch.zeros(2, dtype=torch.float64) for task in collator.tasks}
     for batch in loader:
@@ -59,8 +63,10 @@ def evaluate(
             with accelerator.autocast():
                 output = model(pixel_values=pixel_values, tasks=group)
             logits = model.post_process(output.logits, batch["original_sizes"])
-            for task in (task for task in collator.tasks if task.name in group):
-                _count(task, logits[task.name].cpu(), batch["labels"][task.name], metrics[task.name], sums[task.name])
+            for task in (task for task in collator.tasks if task.name in group and left > 0):
+                counted = logits[task.name][:left].cpu(), batch["labels"][task.name][:left]
+                _count(task, *counted, metrics[task.name], sums[task.name])
+        left -= len(pixel_values)
     model.train(was_training)
     return _pool(accelerator, metrics, sums)
 

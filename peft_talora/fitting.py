@@ -16,7 +16,7 @@ def find_batch_size(accelerator: Accelerator, batch_size: int, attempt: Callable
     """The largest divisor of a batch size that fits, so that a step can be made up of several whole batches.
 
     Random numbers are drawn as if nothing had been tried. With DeepSpeed, whose backward passes are optimiser steps,
-    nothing is tried.
+    and with FSDP, which splits the model afterwards, nothing is tried.
 
     Args:
         accelerator: What the other processes are known by; the size is the same in all.
@@ -26,7 +26,7 @@ def find_batch_size(accelerator: Accelerator, batch_size: int, attempt: Callable
     Raises:
         RuntimeError: If not even one image fits.
     """
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         return batch_size
     smaller = iter([size for size in range(batch_size - 1, 0, -1) if batch_size % size == 0])
 

@@ -74,7 +74,7 @@ class Observer:
         args: What is told, and how often.
         balancers: What gives the gradients of the steps, by their tasks.
         every_task: Of all tasks together, whose gradients are compared. None: they are not.
-        draw: Makes the picture of predictions; called in the main process alone.
+        draw: Makes the picture of predictions; called in all processes, the main one's is kept.
         folder: Where pictures go.
 
     Raises:
@@ -138,9 +138,9 @@ class Observer:
             tracker.finish()
 
     def _show(self, step: int) -> None:
+        picture = self.draw()
         if not self.accelerator.is_main_process:
             return
-        picture = self.draw()
         with write_aside(self.folder) as aside:
             picture.save(aside / f"step-{step:06d}.png")
         for tracker in self.accelerator.trackers:

@@ -37,6 +37,7 @@ from peft_talora.continual.moda_folder import save_moda
 from peft_talora.continual.prompting import TrainingPrompts
 from peft_talora.continual.stream import Domain, Stream, folder_stream, generated_stream, manifest_stream
 from peft_talora.data import AugmentedDataset
+from peft_talora.sharding import refuse_split
 
 FREE = frozenset(
     {"output_dir", "data_root", "save_steps", "resume_from_checkpoint", "num_threads", "dataloader_num_workers"}
@@ -155,6 +156,7 @@ def main() -> None:
     if args.learning_rate is None:
         args.learning_rate = default_rate(args.method, args.adapter)
     accelerator = Accelerator()
+    refuse_split(accelerator, "this recipe")
     engine.set_threads(args, accelerator)
     set_seed(args.seed)
     run = build(args, accelerator)

@@ -31,6 +31,7 @@ import peft_talora
 from peft_talora import checkpoint, data, engine, files, losses, promptable, small_sam
 from peft_talora.benchmark.records import describe_hardware
 from peft_talora.prompts import jitter_boxes, mask_boxes, mask_iou, random_points
+from peft_talora.sharding import refuse_split
 
 PROMPTS = {"click": 0.3, "click, one mask": 0.1, "box": 0.4, "points": 0.1, "none": 0.1}  # share of the steps
 OWN = ("pre-trained", "untrained", "box filled")  # names in the table of figures that `compare` cannot have
@@ -168,6 +169,7 @@ def main() -> None:
         # A step's prompts use some of the prompt encoder only.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    refuse_split(accelerator, "this recipe")
     engine.set_threads(args, accelerator)
     set_seed(args.seed)
     model, progress = train(args, accelerator)

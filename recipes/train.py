@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train.py                                   # generated scenes, small SAM, any machine
     accelerate launch --num_processes 8 recipes/train.py --base facebook/sam-vit-base --data_root my_data ...
-    accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/train.py ...   # beside it: nodes, CPUs, ZeRO
+    accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/train.py ...   # beside it: more
     accelerate launch recipes/train.py --config my.yaml                  # arguments from a file; flags win
     accelerate launch recipes/train.py --method lora-hps                 # `peft_talora/methods` has the methods
 
@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device, set_seed, tqdm
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed, tqdm
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 
 import peft_talora
@@ -31,6 +32,7 @@ from peft_talora.fitting import find_batch_size
 from peft_talora.methods import AdapterArguments, Method, find_method
 from peft_talora.observation import ObservationArguments, Observer, check_observation
 from peft_talora.plotting import draw_predictions
+from peft_talora.sharding import check_fsdp, is_split, refuse_split, split_by
 from peft_talora.stopping import STOPPED, StopSignal
 from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, make_weighting
 
@@ -346,6 +348,7 @@ def build(args: TrainArguments, stop: StopSignal) -> Run:
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
     observer = make_observer(args, accelerator, model, balancers, collator, val_set, passes)
     launched = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    launched["split_by"] = split_by(accelerator)
     return Run(
         args=args,
         method=method,
@@ -442,8 +445,9 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
         log_with=args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
     )
-    if accelerator.distributed_type is DistributedType.FSDP:
-        raise ValueError("the model is split by FSDP, whose forward passes all processes must do together: use DDP.")
+    check_fsdp(accelerator)
+    if args.cosine_steps is not None:
+        refuse_split(accelerator, "`cosine_steps`")
     wanted = args.task_order
     if wanted == "auto" and args.weighting not in LOSS_WEIGHTINGS:
         wanted = "sequential"  # of each task apart
@@ -509,24 +513,32 @@ def build_model(args: TrainArguments, accelerator: Accelerator, output_dir: Path
 
 def finish(run: Run) -> None:
     """Measure the best adapter on the test images; write adapter, results, picture and card; upload if asked to."""
-    args, method, accelerator = run.args, run.method, run.accelerator
+    accelerator, model = run.accelerator, run.accelerator.unwrap_model(run.model)
     checkpoint.load_best(accelerator, run.model, run.output_dir)
     after, _ = run.measure(run.test_set)
-    if not accelerator.is_main_process:
-        return
-    model, tasks = accelerator.unwrap_model(run.model), run.collator.tasks
+    samples = report.examples(run.test_set)
+    logits = evaluation.predict(model, run.collator, samples, **run.passes)
+    if is_split(model):  # what is written is of a whole one
+        model = run.method.add(build_model(run.args, accelerator, run.output_dir), run.args)
+        checkpoint.load_best(accelerator, model, run.output_dir)
+    if accelerator.is_main_process:
+        write(run, model, after, samples, logits)
+
+
+def write(run: Run, model: PeftModel, after: dict, samples: list, logits: list) -> None:
+    """Everything that a finished run leaves: see [`finish`]."""
+    args, method = run.args, run.method
+    tasks = run.collator.tasks
     figures = {
         "method": args.method,
         "before": run.progress.before,
         "after": after,
-        **results.of_run(accelerator, model, run.progress),
+        **results.of_run(run.accelerator, model, run.progress),
         "images": {"train": len(run.train_set), "validation": len(run.val_set), "test": len(run.test_set)},
         "task_order": run.passes["order"],
         "seed": args.seed,
         "arguments": asdict(args),
     }
-    samples = report.examples(run.test_set)
-    logits = evaluation.predict(model, run.collator, samples, **run.passes)
     parts = [("", tasks, figures)]
     if method.folder_per_task:
         parts = [(task.name, [task], results.restrict(figures, [task.name])) for task in tasks]

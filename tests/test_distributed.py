@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
@@ -27,7 +28,7 @@ PROCESSES, BATCH = 2, 4  # of all processes together
 MIXED = ["depth", "depth", "normals", "segmentation"]  # each process lacks a task that the other has
 DATA_PARALLEL = [(batch, recomputed) for batch in ("folded", "mixed") for recomputed in (False, True)]
 SHARDINGS = ("FSDP1", "FSDP2")
-METHODS_IN_PARALLEL = ("lora-hps", "full-hps", "mtlora")
+METHODS_IN_PARALLEL = [(name, way) for name in ("lora-hps", "full-hps", "mtlora") for way in ("DDP", "FSDP2")]
 
 
 def build(sam_folder: str) -> PeftModel:
@@ -118,7 +119,7 @@ def train_sharded(sam_folder: str, sharding: str, samples: range, folder: Path) 
     return {"before": before, "after": after}
 
 
-def gradients_of_method(name: str, sam_folder: str, samples: range, processes: int) -> dict[str, torch.Tensor]:
+def gradients_of_method(name: str, sam_folder: str, samples: range, parallel: str | None) -> dict[str, torch.Tensor]:
     """Of a method of the training recipe, in its own order of tasks."""
     torch.manual_seed(0)
     method, base = METHODS[name], MSamModel.from_pretrained(sam_folder, tasks=TASKS).double()
@@ -128,13 +129,16 @@ def gradients_of_method(name: str, sam_folder: str, samples: range, processes: i
             parameter.add_(0.05 * torch.randn_like(parameter))
     order = method.resolve_order("auto", torch.device("cpu"))
     wrapped = model
-    if processes > 1:
+    if parallel == "DDP":
         wrapped = DistributedDataParallel(model, find_unused_parameters=order == "sequential")
+    elif parallel is not None:
+        wrapped = shard(model, parallel)
     for group in engine.task_groups(list(TASKS), order):
         method.activate(model, group)
         logits = wrapped(pixel_values=images()[samples], tasks=group).logits
         sum(maps.square().sum() for maps in logits.values()).div(len(samples)).backward()
-    return gradients(wrapped)
+    found = gradients(wrapped)
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
 
 
 def work(rank: int, sam_folder: str, folder: str) -> None:
@@ -143,8 +147,8 @@ def work(rank: int, sam_folder: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
     samples = range(BATCH)[rank * BATCH // PROCESSES : (rank + 1) * BATCH // PROCESSES]
     found = {key: gradients_in_parallel(sam_folder, *key, samples) for key in DATA_PARALLEL}
-    for name in METHODS_IN_PARALLEL:
-        found[name] = gradients_of_method(name, sam_folder, samples, PROCESSES)
+    for name, parallel in METHODS_IN_PARALLEL:
+        found[name, parallel] = gradients_of_method(name, sam_folder, samples, parallel)
     for sharding in SHARDINGS:
         found[sharding] = train_sharded(sam_folder, sharding, samples, Path(folder))
     torch.save(found, f"{folder}/found-{rank}.pt")
@@ -181,11 +185,11 @@ def test_gradients_of_two_processes_are_those_of_one(two, sam_folder, batch, rec
     assert rows == set(TASKS), "every task is somewhere in the batch"
 
 
-@pytest.mark.parametrize("name", METHODS_IN_PARALLEL)
-def test_every_method_has_the_gradients_of_one_process(two, sam_folder, name):
-    expected = gradients_of_method(name, sam_folder, range(BATCH), 1)
+@pytest.mark.parametrize(("name", "parallel"), METHODS_IN_PARALLEL)
+def test_every_method_has_the_gradients_of_one_process(two, sam_folder, name, parallel):
+    expected = gradients_of_method(name, sam_folder, range(BATCH), None)
     for process in two[0]:
-        difference = largest_difference(process[name], expected)
+        difference = largest_difference(process[name, parallel], expected)
         assert difference <= 1e-6, difference
 
 

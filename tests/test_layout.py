@@ -46,13 +46,14 @@ ALLOWED = {
     "fitting": {"engine"},
     "observation": {"balancing", "checkpoint", "files", "results"},
     "stopping": set(),
+    "sharding": set(),
     "metric_module": {"metrics"},
     "evaluate_modules": {"__init__", "metrics"},  # `evaluate` copies these out of the package
     "weighting": set(),
-    "balancing": {"engine", "tasks", "weighting"},
+    "balancing": {"engine", "sharding", "tasks", "weighting"},
     "evaluation": {"data", "engine", "metrics", "tasks"},
     "methods": {"engine", "files", "hub", "msam", "tuner"},
-    "checkpoint": {"files", "hub"},
+    "checkpoint": {"files", "hub", "sharding"},
     "results": {"checkpoint", "version"},
     "continual": {
         "data",

@@ -475,6 +475,7 @@ def test_every_configuration_of_accelerate_is_one():
     files = sorted((RECIPES / "accelerate").glob("*.yaml"))
     assert {file.stem: load_config_from_file(str(file)).num_processes for file in files} == {
         "cpu_2": 2,
+        "fsdp": 8,
         "gpu_1": 1,
         "gpu_8": 8,
         "nodes_2": 16,

@@ -1,0 +1,119 @@
+"""The training recipe on a model that FSDP2 splits over two processes, and what it refuses there."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from test_recipes import SMALL, TRAIN, load_recipe, read_results, run
+
+import peft_talora
+from peft_talora.sharding import check_fsdp, is_split, refuse_split, taking_whole, whole_state
+
+CASES = Path(__file__).parent / "fsdp_cases.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# Nine batches of one image in each process make four steps, saved before the last.
+FLAGS = [*SMALL, "--learning_rate", 3e-4, "--gradient_accumulation_steps", 2, "--save_steps", 3]
+FLAGS += ["--per_device_train_batch_size", 1, "--num_train_epochs", 1, "--sample_steps", 4]
+# Of one image to evaluate, the second process has none of its own.
+FLAGS += ["--activation_checkpointing", "--max_eval_samples", 1]
+
+
+@pytest.fixture(scope="module")
+def split(sam_folder, tmp_path_factory):
+    """The folder of a run by two processes, each with a part of the model, and its output."""
+    folder = tmp_path_factory.mktemp("split")
+    return folder, run(TORCHRUN, CASES, "--base", sam_folder, *FLAGS, "--output_dir", folder)
+
+
+@pytest.fixture
+def train_whole(sam_folder, tmp_path, monkeypatch):
+    """Runs the same steps in this process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def train(*flags):
+        whole = [
+            "--gradient_accumulation_steps",
+            4,
+            "--num_threads",
+            torch.get_num_threads(),
+            "--output_dir",
+            tmp_path,
+        ]
+        monkeypatch.setattr(sys, "argv", [TRAIN, *map(str, ["--base", sam_folder, *FLAGS, *whole, *flags])])
+        load_recipe(TRAIN).main()
+
+    return train
+
+
+def test_a_split_model_learns_what_a_whole_one_does(split, train_whole, tmp_path):
+    folder, output = split
+    train_whole()
+    one, other = read_results(tmp_path), read_results(folder)
+    assert [entry["step"] for entry in other["history"]] == [4]
+    assert other["before"]["depth"] == pytest.approx(one["before"]["depth"], rel=1e-4)
+    assert other["after"]["depth"] == pytest.approx(one["after"]["depth"], rel=1e-3)
+    assert other["after"]["depth"] != pytest.approx(one["before"]["depth"], rel=1e-2)
+    # A percent: where a gradient is rounding alone, Adam makes whole steps of it.
+    assert other["history"][0]["losses"] == pytest.approx(one["history"][0]["losses"], rel=1e-2)
+    assert other["parameters"] == one["parameters"]
+    assert output.count("Adapter, results.json and predictions.png are in") == 1
+    assert [path.name for path in (folder / "samples").iterdir()] == ["step-000004.png"]
+    peft_talora.load(folder)
+
+
+def test_a_split_model_goes_on_with_the_very_weights(split, sam_folder, tmp_path):
+    folder, _ = split
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    resume = ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path]
+    output = run(TORCHRUN, CASES, "--base", sam_folder, *FLAGS, *resume)
+    assert "checkpoint-3: step 3 of 4" in output
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert read_results(folder)["after"] == read_results(tmp_path)["after"]
+
+
+def test_a_whole_model_does_not_go_on_from_a_split_ones_checkpoint(split, train_whole):
+    with pytest.raises(ValueError, match=r"was trained with split_by='FSDP' \(now None\): resume with the same"):
+        train_whole("--allow_reshard", "--resume_from_checkpoint", split[0] / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1}, "`fsdp_version` is 1; allowed: 2"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "is SHARDED_STATE_DICT, .* allowed: FULL_STATE_DICT"),
+        ({}, None),
+    ],
+)
+def test_fsdp_must_be_the_second_and_without_pickles(settings, message):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **settings})
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    if message is None:
+        check_fsdp(accelerator)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_fsdp(accelerator)
+
+
+def test_what_needs_the_whole_model_is_refused_by_name():
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match=rf"split over processes by {kind.value}; the thing allows"):
+            refuse_split(SimpleNamespace(distributed_type=kind), "the thing")
+    refuse_split(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU), "the thing")
+
+
+def test_a_whole_model_is_left_as_it_is():
+    model = torch.nn.Linear(2, 3)
+    assert not is_split(model)
+    assert whole_state(model)["weight"].data_ptr() == model.weight.data_ptr()
+    with taking_whole(model):
+        model.load_state_dict({"weight": torch.ones(3, 2), "bias": torch.zeros(3)})
+    assert torch.equal(model.weight, torch.ones(3, 2))
+    check_fsdp(Accelerator(cpu=True))
