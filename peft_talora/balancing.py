@@ -5,7 +5,7 @@ Axes: T tasks of which S have labels in this step, N shared parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,9 @@ from .engine import (
     fork_random,
     keep_active,
     losses_of,
+    own_name,
     task_groups,
+    widest_float,
 )
 from .sharding import refuse_split
 from .tasks import Task
@@ -45,6 +47,7 @@ class Balancer:
         order: Of their passes; one after another where the weighting takes the gradients of each apart.
         activate: Called with the tasks of each pass before it.
         regularizer: Gives a scalar that is added to the losses, unweighed.
+        own_parts: Task → the parts of the names of parameters, between their dots, that say they are its own.
         used: The weights of the last step by task, of those that had labels; where gradients are weighed, those of
             the shared parameters. They may be on the device: nobody waits for it unless they are looked at.
 
@@ -59,6 +62,7 @@ class Balancer:
     order: TaskOrder = "sequential"
     activate: Activate = keep_active
     regularizer: Callable[[], Tensor] | None = None
+    own_parts: Callable[[str], Collection[str]] = own_name
     named: dict[str, nn.Parameter] = field(init=False)
     used: dict[str, float | Tensor] = field(init=False, default_factory=dict)
 
@@ -74,6 +78,10 @@ class Balancer:
             refuse_split(self.accelerator, "a regulariser")
         if not isinstance(self.weighting, GradientWeighting):
             return
+        if not self._parted()[1]:
+            raise ValueError(
+                "no tasks share any parameter that is trained; a weighting that needs gradients needs one."
+            )
         if self.order != "sequential":
             raise ValueError(
                 f"`task_order` is {self.order!r}; a weighting that needs each task's gradients allows: 'sequential'."
@@ -103,7 +111,7 @@ class Balancer:
         if isinstance(self.weighting, GradientWeighting):
             losses_T = self._weigh_gradients(batches, parts, labelled_S, step)
         else:
-            losses_T = self._weigh_losses(batches, parts, step)
+            losses_T = self._weigh_losses(batches, parts, step, epoch)
         if len(labelled_S):
             self.weighting.note(losses_T[labelled_S], labelled_S, epoch)
         return {self.tasks[index].name: losses_T[index] for index in labelled_S.tolist()}
@@ -133,7 +141,7 @@ class Balancer:
         parts, shared = counts_of_part(self.accelerator, counts), self._parted()[1]
         with fork_random(self.accelerator.device):
             rows = [sum(self._gradient(task.name, batch, parts, shared) for batch in batches) for task in self.tasks]
-        unit_TN = nn.functional.normalize(self._average(torch.stack(rows)).double(), dim=1)
+        unit_TN = nn.functional.normalize(self._average(torch.stack(rows)).to(widest_float(rows[0].device)), dim=1)
         cosine_TT = (unit_TN @ unit_TN.T).tolist()
         return {
             (self.tasks[a].name, self.tasks[b].name): cosine_TT[a][b]
@@ -148,7 +156,7 @@ class Balancer:
         next one for the gradients of all that.
         """
         model, scaler = self.accelerator.unwrap_model(self.model), self.accelerator.scaler
-        loss = losses_of(model, batch, [task], self.activate, parts)[task]
+        loss = losses_of(self.accelerator, model, batch, [task], self.activate, parts)[task]
         if scaler is not None:
             loss = loss * scaler.get_scale()  # in float16 small gradients would vanish; the angles stay
         gradients = torch.autograd.grad(loss, shared, materialize_grads=True)
@@ -164,7 +172,7 @@ class Balancer:
 
     def _parted(self) -> tuple[dict[str, list[str]], list[nn.Parameter]]:
         """The names of each task's own parameters, and the parameters that are shared."""
-        own = {task.name: _own(self.named, task.name) for task in self.tasks}
+        own = {task.name: _own(self.named, self.own_parts(task.name)) for task in self.tasks}
         alone = {name for names in own.values() for name in names}
         return own, [parameter for name, parameter in self.named.items() if name not in alone]
 
@@ -192,8 +200,9 @@ class Balancer:
         names = [task.name for task in self.tasks]
         return [{**batch, "labels": {name: batch["labels"][name] for name in names}} for batch in batches]
 
-    def _weigh_losses(self, batches: Batches, parts, step: int) -> Tensor:
-        weights = dict(zip((t.name for t in self.tasks), self.weighting.weights(step).tolist(), strict=True))
+    def _weigh_losses(self, batches: Batches, parts, step: int, epoch: int) -> Tensor:
+        values = self.weighting.weights(step, epoch).tolist()
+        weights = dict(zip((task.name for task in self.tasks), values, strict=True))
         self._note_used(weights)
         losses = []
         for batch in batches:
@@ -238,24 +247,25 @@ class Balancer:
     def _losses(self, batch: Mapping[str, Any], parts) -> dict[str, Tensor]:
         losses = {}
         for group in task_groups([task.name for task in self.tasks], self.order):
-            losses |= losses_of(self.model, batch, group, self.activate, parts)
+            losses |= losses_of(self.accelerator, self.model, batch, group, self.activate, parts)
         return losses
 
     def _whole(self, losses: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The losses (T,) of the step from those of its batches, float64 on the CPU."""
         steps = self.accelerator.gradient_accumulation_steps
+        wide = widest_float(self.accelerator.device)
         sums_T = torch.stack(
-            [sum(found[task.name].detach().double() for found in losses) / steps for task in self.tasks]
+            [sum(found[task.name].detach().to(wide) for found in losses) / steps for task in self.tasks]
         )
-        return self._average(sums_T).cpu()
+        return self._average(sums_T).cpu().double()
 
     def _average(self, values: Tensor) -> Tensor:
         return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "mean")
 
 
-def _own(named: Mapping[str, nn.Parameter], task: str) -> list[str]:
+def _own(named: Mapping[str, nn.Parameter], parts: Collection[str]) -> list[str]:
     """Names of the parameters that belong to a task alone: its head, its row of the task factor, its adapter."""
-    return [name for name in named if task in name.split(".")]
+    return [name for name in named if not {*parts}.isdisjoint(name.split("."))]
 
 
 def _taken(parameters: Sequence[nn.Parameter]) -> Tensor:

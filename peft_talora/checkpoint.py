@@ -13,12 +13,13 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import extract_model_from_parallel, set_seed
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -32,11 +33,11 @@ from .sharding import taking_whole, whole_state
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
 BEST_NAME = "best.safetensors"
+LEARNT_NAME = "learnt.pt"
 FREE_ARGUMENTS = frozenset(
     {"output_dir", "data_root", "mix", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub"}
     | {
         "num_threads",
-        "per_device_eval_batch_size",
         "dataloader_num_workers",
         "measure_before",
         "allow_reshard",
@@ -48,6 +49,16 @@ FREE_ARGUMENTS = frozenset(
 on how many cores."""
 SHARES = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 """Arguments whose product is the images of a step: how a step is shared out does not decide which they are."""
+
+
+class Stateful(Protocol):
+    """What is saved with a checkpoint beside what Accelerate knows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learnt."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
 
 
 @dataclass
@@ -150,11 +161,20 @@ def load_best(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
     _load_adapters(accelerator.unwrap_model(model), folder / "best")
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, progress: Progress, keep: int, learnt: Sequence[Stateful] = ()
+) -> None:
     """Write `folder/checkpoint-<step>` aside and rename it when it is whole; keep the `keep` newest.
 
     The best adapter so far goes along. Checkpoints of later steps are removed as well: they are of a run that was
     given up for this one.
+
+    Args:
+        accelerator: What model, optimiser and scheduler were prepared by.
+        folder: The run's output folder.
+        progress: How far it is.
+        keep: How many checkpoints stay.
+        learnt: What else has a state, of tensors, numbers and containers; the same in all processes.
 
     Raises:
         ValueError: If `keep` is less than 1.
@@ -172,6 +192,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     if accelerator.is_main_process:
         if progress.best_loss is not None:
             shutil.copyfile(folder / "best" / WEIGHTS_NAME, aside / BEST_NAME)
+        if learnt:  # not by `register_for_checkpointing`: what Accelerate writes by it, it unpickles whatever it is
+            torch.save([part.state_dict() for part in learnt], aside / LEARNT_NAME)
         write_json(aside / PROGRESS_NAME, asdict(progress))
         files = sorted(file for file in aside.rglob("*") if file.is_file())
         write_json(aside / MANIFEST_NAME, {file.relative_to(aside).as_posix(): digest(file) for file in files})
@@ -224,7 +246,12 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, folder: Path, wanted: Progress, reshard: Collection[str] = ()
+    accelerator: Accelerator,
+    checkpoint: Path,
+    folder: Path,
+    wanted: Progress,
+    reshard: Collection[str] = (),
+    learnt: Sequence[Stateful] = (),
 ) -> Progress:
     """Restore a run, after `accelerator.prepare`; the best adapter goes back to `folder/best`.
 
@@ -235,6 +262,7 @@ def load_checkpoint(
         wanted: The run to resume, at its beginning: its tasks and arguments.
         reshard: Those of `SHARES` that may be other than they were, as long as a step has as many images. The steps
             stay those of the same images; only what is drawn while they are taken, such as dropout, becomes other.
+        learnt: As [`save_checkpoint`] has it.
 
     Returns:
         How far the run was.
@@ -254,6 +282,9 @@ def load_checkpoint(
         _share_out(progress, wanted.arguments, reshard, checkpoint)
     check_same_arguments(progress.arguments, wanted.arguments, checkpoint)
     accelerator.load_state(str(checkpoint))
+    if learnt:
+        for part, state in zip(learnt, torch.load(checkpoint / LEARNT_NAME, weights_only=True), strict=True):
+            part.load_state_dict(state)
     if processes != accelerator.num_processes:
         for scheduler in accelerator._schedulers:  # each has taken a step per process, and will
             scheduler.scheduler.last_epoch *= accelerator.num_processes / processes
@@ -314,9 +345,9 @@ def _share_out(progress: Progress, wanted: dict[str, Any], names: Collection[str
     """Count the batches that were done of the epoch as those of the shares that are wanted now."""
     trained = progress.arguments
     progress.arguments = share_alike(trained, wanted, names, checkpoint)
-    # A checkpoint lies between steps: what was done of the epoch is a whole number of any shares of a step, or all.
+    # A checkpoint lies between steps: what was done of the epoch is a whole number of any shares of a step.
     done = progress.batch * trained["num_processes"] * trained["per_device_train_batch_size"]
-    progress.batch = -(-done // (wanted["num_processes"] * wanted["per_device_train_batch_size"]))
+    progress.batch = done // (wanted["num_processes"] * wanted["per_device_train_batch_size"])
 
 
 def _describe(tasks: list[dict[str, Any]]) -> dict[str, int]:

@@ -203,13 +203,23 @@ def keep_active(*_: Any) -> None:
     """Nothing needs to be switched before an encoder pass: the model itself knows its tasks."""
 
 
+def own_name(task: str) -> tuple[str, ...]:
+    """What in the names of parameters says that they are of a task alone: its name."""
+    return (task,)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """What sums over pixels and processes are taken in on a device; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def count_labels(
     accelerator: Accelerator, tasks: Sequence[Task], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
     """The labelled pixels (K,) of a step by task, as `Task.count`: of all its batches and of all processes."""
     device = accelerator.device
     own = {
-        task.name: sum(task.count(batch["labels"][task.name].to(device)) for batch in batches).to(torch.float64)
+        task.name: sum(task.count(batch["labels"][task.name].to(device)) for batch in batches).to(widest_float(device))
         for task in tasks
     }
     if accelerator.num_processes == 1:
@@ -230,6 +240,7 @@ def counts_of_part(accelerator: Accelerator, counts: Mapping[str, torch.Tensor])
 
 
 def losses_of(
+    accelerator: Accelerator,
     model: nn.Module,
     batch: Mapping[str, Any],
     group: Sequence[str],
@@ -238,13 +249,14 @@ def losses_of(
 ) -> dict[str, torch.Tensor]:
     """The losses of the tasks of one pass through the encoder; the arguments are those of [`backward`]."""
     activate(group)
-    output = model(
-        pixel_values=batch["pixel_values"],
-        tasks=group,
-        labels={name: batch["labels"][name] for name in group},
-        pixel_counts=pixel_counts,
-        original_sizes=batch["original_sizes"],
-    )
+    with accelerator.autocast():
+        output = model(
+            pixel_values=batch["pixel_values"],
+            tasks=group,
+            labels={name: batch["labels"][name] for name in group},
+            pixel_counts=pixel_counts,
+            original_sizes=batch["original_sizes"],
+        )
     return output.losses
 
 
@@ -286,7 +298,7 @@ def backward(
     losses = {}
     groups = task_groups(list(batch["labels"]), order)
     for group in groups:
-        found = losses_of(model, batch, group, activate, pixel_counts)
+        found = losses_of(accelerator, model, batch, group, activate, pixel_counts)
         # With the last loss, in its one backward: several processes average the gradients of each backward once.
         last = regularizer is not None and group is groups[-1]
         loss = sum(weights[name] * loss for name, loss in found.items())

@@ -16,8 +16,14 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor.experimental import implicit_replication
 
 
-def check_fsdp(accelerator: Accelerator) -> None:
-    """Raise ValueError for an FSDP that training does not go with: FSDP1, or checkpoints that would be unpickled."""
+def set_up_fsdp(accelerator: Accelerator) -> None:
+    """Have mixed precision come from autocast, as with one process; does nothing where FSDP is not used.
+
+    FSDP's own would round all that goes into the model, labels and their numbers as well, and the losses.
+
+    Raises:
+        ValueError: For FSDP1, and for checkpoints that would be unpickled.
+    """
     if accelerator.distributed_type is not DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
@@ -28,6 +34,7 @@ def check_fsdp(accelerator: Accelerator) -> None:
             f"`fsdp_state_dict_type` is {plugin.state_dict_type.name}, whose checkpoints have a pickled part; "
             "allowed: FULL_STATE_DICT."
         )
+    plugin.mixed_precision_policy = None
 
 
 def split_by(accelerator: Accelerator) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,20 +144,39 @@ def open_split(
     found = {root: _tasks_there(args, root, kind, split, tasks) for root, kind in formats.items()}
     if missing := [task.name for task in tasks if not any(task in there for there in found.values())]:
         raise ValueError(f"none of {', '.join(formats)} has labels of {', '.join(missing)} in the split {split!r}")
-    return MixedTasks(
-        {root: _first(_open_one(args, root, formats[root], split, there), most) for root, there in found.items()}
-    )
+    opened = {root: _first(_open_one(args, root, formats[root], split, there), most) for root, there in found.items()}
+    return MixedTasks({root: part if found[root] else _Unlabelled(part, tasks[0]) for root, part in opened.items()})
+
+
+class _Unlabelled(Dataset):
+    """Images of a place that has labels of other tasks alone, with a label of one that has no labelled pixel."""
+
+    def __init__(self, images: Dataset, task: Task):
+        self.images, self.task = images, task
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.images[index]
+        return {**sample, "labels": {self.task.name: self.task.empty_label(tuple(sample["image"].shape[1:]))}}
 
 
 def _first(dataset: Dataset, most: int | None) -> Dataset:
+    _check_most(most)
+    return dataset if most is None or most >= len(dataset) else Subset(dataset, range(most))
+
+
+def _check_most(most: int | None) -> None:
     if most is not None and most < 1:
         raise ValueError(f"`max_train_samples` or `max_eval_samples` is {most}; allowed: 1 or more.")
-    return dataset if most is None or most >= len(dataset) else Subset(dataset, range(most))
 
 
 def _formats(args: DataArguments) -> dict[str, str]:
     """The format of each place that images come from."""
     roots, formats = [args.data_root, *args.mix], args.data_format
+    if twice := {root for root in roots if roots.count(root) > 1}:
+        raise ValueError(f"`data_root` and `mix` name {', '.join(sorted(twice))} twice; allowed: different places.")
     for kind in formats:
         if kind != "folder" and kind not in FORMATS and Path(kind).suffix not in (".yaml", ".yml"):
             raise ValueError(f"`data_format` has {kind!r}; allowed: 'folder', {', '.join(FORMATS)}, or a YAML file.")
@@ -170,11 +190,21 @@ def _columns(kind: str) -> tuple[Mapping[str, Column], str]:
     return (FORMATS[kind].columns, "image") if kind in FORMATS else read_column_map(kind)
 
 
+def _inverse(args: DataArguments) -> set[str]:
+    """The tasks whose labels are inverse depth."""
+    kinds = set(_formats(args).values()) - {"folder"} if args.data_root is not None else set()
+    return {task for kind in kinds for task, column in _columns(kind)[0].items() if column.inverse}
+
+
 def _tasks_there(args: DataArguments, root: str, kind: str, split: str, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks that a place has labels of, or of whose kind it can derive some."""
+    """The tasks that a place has labels of, or of whose kind it can derive some.
+
+    Raises:
+        ValueError: If there is none, unless images without labels are allowed.
+    """
     if kind != "folder":
         columns = _columns(kind)[0]
-        if not any(task.name in columns for task in tasks):
+        if not args.allow_unlabelled and not any(task.name in columns for task in tasks):
             raise ValueError(f"{root} ({kind}) has labels of {', '.join(columns)} alone")
         return [task for task in tasks if task.name in columns]
     folder = Path(root, split)
@@ -182,7 +212,7 @@ def _tasks_there(args: DataArguments, root: str, kind: str, split: str, tasks: S
         (folder / name).is_dir() for name in ["segmentation", *(t.name for t in tasks if t.kind == "segmentation")]
     )
     there = [t for t in tasks if (folder / t.name).is_dir() or (derivable and t.kind == "edges")]
-    if not there:
+    if not there and not args.allow_unlabelled:
         raise ValueError(f"{folder} has none of the folders {', '.join(task.name for task in tasks)}")
     return there
 
@@ -222,9 +252,9 @@ def open_splits(
     """
     read = partial(open_split, args, tasks=tasks, image_size=image_size)
     scales, flip = ((1.0, 1.2, 1.5), 0.5) if args.augment else ((1.0,), 0.0)
-    augmentation = JointAugmentation(tasks, scales, flip)
+    augmentation = JointAugmentation(tasks, scales, flip, _inverse(args))
     if args.streaming:
-        return _open_streamed(args, seed, tasks, augmentation, read)
+        return _open_streamed(args, seed, tasks, augmentation)
     train_set = read(args.train_split, most=args.max_train_samples)
     test_set = read(args.test_split, most=args.max_eval_samples)
     if args.val_split is not None:
@@ -239,7 +269,7 @@ def open_splits(
 
 
 def _open_streamed(
-    args: SplitArguments, seed: int, tasks: Sequence[Task], augmentation: JointAugmentation, read: Callable
+    args: SplitArguments, seed: int, tasks: Sequence[Task], augmentation: JointAugmentation
 ) -> tuple[ColumnStream, Dataset, Dataset]:
     """Training rows are streamed; those of evaluation are kept, for each process has its own of them.
 
@@ -251,17 +281,22 @@ def _open_streamed(
             f"`streaming` is asked for with `data_root` {root!r}, `data_format` {args.data_format}, `mix` {args.mix} "
             f"and `on_bad_sample` {args.on_bad_sample!r}; it needs one data set of rows, none of whose samples is bad."
         )
+    _check_most(args.max_train_samples)
+    _check_most(args.max_eval_samples)
+    if args.dataloader_num_workers:
+        raise ValueError(f"`dataloader_num_workers` is {args.dataloader_num_workers}; with `streaming` allowed: 0.")
+    _formats(args)
     if kind in FORMATS and FORMATS[kind].is_of_files(root, args.train_split):
         raise ValueError(f"`streaming` is asked for, but {root} is a folder of {kind} files, no data set of rows.")
-    _formats(args)
     columns, image = _columns(kind)
     stream = partial(open_stream, root, args.train_split, tasks, columns, augmentation, seed, image=image)
-    test_set = read(args.test_split, most=args.max_eval_samples)
+    kept = partial(open_table, root, tasks=tasks, columns=columns, image=image, streamed=True)
+    test_set = kept(args.test_split, most=args.max_eval_samples)
     if args.val_split is not None:
-        return stream(most=args.max_train_samples), read(args.val_split, most=args.max_eval_samples), test_set
+        return stream(most=args.max_train_samples), kept(args.val_split, most=args.max_eval_samples), test_set
     held_out = max(1, round(args.val_fraction * len(stream(most=args.max_train_samples))))
     most = args.max_train_samples and args.max_train_samples - held_out
-    return stream(skip=held_out, most=most), read(f"{args.train_split}[:{held_out}]"), test_set
+    return stream(skip=held_out, most=most), kept(args.train_split, most=held_out), test_set
 
 
 def mixed_sampler(args: DataArguments, seed: int, dataset: Dataset) -> MixedSampler | None:
@@ -288,6 +323,11 @@ def mixed_sampler(args: DataArguments, seed: int, dataset: Dataset) -> MixedSamp
         ) from error
 
 
+def _ignore_sigterm(worker: int) -> None:
+    """Sent to a whole group of processes, it is the main one's to act on; it ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(
     args: SplitArguments,
     seed: int,
@@ -309,6 +349,7 @@ def make_loader(
         drop_last=True,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=_ignore_sigterm,
         # Opening an epoch draws a number. From the global generator, a resumed run's dropout would be one draw ahead.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -80,8 +80,8 @@ class LossWeighting(Weighting):
     """Knows its weights before a step, whose losses are then summed: one backward pass, in whatever order."""
 
     @abstractmethod
-    def weights(self, step: int) -> Tensor:
-        """The weights (T,) of a step, float64."""
+    def weights(self, step: int, epoch: int = 0) -> Tensor:
+        """The weights (T,) of a step of an epoch, float64."""
 
 
 class GradientWeighting(Weighting):
@@ -191,7 +191,7 @@ class Fixed(_Memoryless, LossWeighting):
         super().__init__(tasks)
         self.given_T = torch.tensor([1.0 if given is None else given[name] for name in tasks], dtype=torch.float64)
 
-    def weights(self, step: int) -> Tensor:
+    def weights(self, step: int, epoch: int = 0) -> Tensor:
         """As given."""
         return self.given_T
 
@@ -208,7 +208,7 @@ class RandomWeights(_Memoryless, LossWeighting):
         super().__init__(tasks)
         self.seed = seed
 
-    def weights(self, step: int) -> Tensor:
+    def weights(self, step: int, epoch: int = 0) -> Tensor:
         """T softmax(z)."""
         z_T = torch.randn(len(self.tasks), generator=generator_of(self.seed, step), dtype=torch.float64)
         return len(z_T) * z_T.softmax(0)
@@ -230,8 +230,9 @@ class DynamicAverage(LossWeighting):
         self.sums_3T = torch.zeros(3, len(tasks), dtype=torch.float64)
         self.counts_3T = torch.zeros(3, len(tasks), dtype=torch.float64)
 
-    def weights(self, step: int) -> Tensor:
+    def weights(self, step: int, epoch: int = 0) -> Tensor:
         """T softmax(r / temperature); a task that an epoch has no loss of counts as one whose loss stays."""
+        self._begin(epoch)
         last, before = (self.sums_3T[k] / self.counts_3T[k] for k in (1, 2))
         known_T = (self.counts_3T[1:] > 0).all(0)
         if not known_T.any():
@@ -241,13 +242,16 @@ class DynamicAverage(LossWeighting):
 
     def note(self, losses_S: Tensor, labelled_S: Tensor, epoch: int) -> None:
         """Add to the means of the epoch; another one begins new ones."""
+        self._begin(epoch)
+        self.sums_3T[0, labelled_S] += losses_S
+        self.counts_3T[0, labelled_S] += 1
+
+    def _begin(self, epoch: int) -> None:
         if epoch != self.epoch:
             self.epoch = epoch
             for sums in (self.sums_3T, self.counts_3T):
                 sums[1:] = sums[:-1].clone()
                 sums[0] = 0
-        self.sums_3T[0, labelled_S] += losses_S
-        self.counts_3T[0, labelled_S] += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Means of the epochs."""
@@ -274,7 +278,7 @@ class _LearntScales(_Learnt, LossWeighting):
 class Uncertainty(_LearntScales):
     """Homoscedastic uncertainty: s_t is the logarithm of a task's variance."""
 
-    def weights(self, step: int) -> Tensor:
+    def weights(self, step: int, epoch: int = 0) -> Tensor:
         """exp(−s) / 2."""
         return (-self.numbers.values_T).exp() / 2
 
@@ -286,7 +290,7 @@ class Uncertainty(_LearntScales):
 class ImpartialLosses(_LearntScales):
     """IMTL-L: s_t scales the losses to one size, for at the optimum exp(s_t) L_t = 1."""
 
-    def weights(self, step: int) -> Tensor:
+    def weights(self, step: int, epoch: int = 0) -> Tensor:
         """exp(s)."""
         return self.numbers.values_T.exp()
 
@@ -365,7 +369,7 @@ class GradNorm(GradientWeighting):
         first_S = torch.where(first_S.isnan(), losses_S.clamp(min=_LEAST), first_S)
         self.first_T[labelled_S] = first_S
         w_S = self.numbers.values_T[labelled_S].clone()
-        norms_S = gradients_SN.norm(dim=1).double()
+        norms_S = gradients_SN.norm(dim=1).cpu().double()
         ratio_S = losses_S / first_S
         lag_S = ratio_S / ratio_S.mean().clamp(min=_LEAST)
         aim_S = (w_S * norms_S).mean() * lag_S**self.restoring
@@ -414,7 +418,8 @@ class DualBalancing(GradientWeighting):
             own = inverse_S[row].to(gradients_SN.dtype) * gradients_SN[row]
             name = self.tasks[index]
             if name in self.means and self.decay:
-                own = self.decay * self.means[name] + (1 - self.decay) * own
+                before = self.means[name].to(own.device)  # a restored one is on the CPU
+                own = self.decay * before + (1 - self.decay) * own
             if self.decay:
                 self.means[name] = own
             means.append(own)

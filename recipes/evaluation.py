@@ -66,6 +66,8 @@ def defaults_of(folder: Path) -> dict:
     known = {field.name for field in fields(sources.DataArguments)}
     defaults = {name: value for name, value in trained.items() if name in known}
     defaults |= {name: results[name] for name in ("task_order", "mixed_precision")}
+    if len(results["after"]) < len(trained["tasks"]):
+        defaults["allow_unlabelled"] = True  # of an image that another task has a label of
     return {"split": trained["test_split"], **defaults}
 
 

@@ -32,9 +32,9 @@ from peft_talora.fitting import find_batch_size
 from peft_talora.methods import AdapterArguments, Method, find_method
 from peft_talora.observation import ObservationArguments, Observer, check_observation
 from peft_talora.plotting import draw_predictions
-from peft_talora.sharding import check_fsdp, is_split, refuse_split, split_by
+from peft_talora.sharding import is_split, refuse_split, set_up_fsdp, split_by
 from peft_talora.stopping import STOPPED, StopSignal
-from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, make_weighting
+from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, Weighting, make_weighting
 
 PLAIN = ("equal", "fixed")  # weightings under which each task can have optimiser steps of its own
 
@@ -141,6 +141,11 @@ class Run:
     stop: StopSignal
     observer: Observer
 
+    @property
+    def weightings(self) -> list[Weighting]:
+        """What learns beside the model."""
+        return [balancer.weighting for balancer in self.balancers.values()]
+
     def measure(self, dataset: Dataset):
         """Metrics and losses over a data set."""
         batch_size = self.args.per_device_eval_batch_size
@@ -223,7 +228,7 @@ def start(run: Run) -> None:
     if run.args.resume_from_checkpoint is not None:
         folder = checkpoint.find_checkpoint(run.output_dir, run.args.resume_from_checkpoint)
         run.progress = checkpoint.load_checkpoint(
-            run.accelerator, folder, run.output_dir, run.progress, run.args.may_differ
+            run.accelerator, folder, run.output_dir, run.progress, run.args.may_differ, run.weightings
         )
         run.accelerator.print(f"resumed from {folder}: step {run.progress.step} of {run.total_steps}")
     elif run.args.measure_before:
@@ -254,7 +259,8 @@ def train(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint."""
-    checkpoint.save_checkpoint(run.accelerator, run.output_dir, run.progress, run.args.save_total_limit)
+    keep = run.args.save_total_limit
+    checkpoint.save_checkpoint(run.accelerator, run.output_dir, run.progress, keep, run.weightings)
 
 
 def train_epoch(run: Run, bar: tqdm) -> bool:
@@ -346,9 +352,10 @@ def build(args: TrainArguments, stop: StopSignal) -> Run:
     balancers = make_balancers(args, method, accelerator, model, collator.tasks, weights, passes)
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
-    observer = make_observer(args, accelerator, model, balancers, collator, val_set, passes)
+    observer = make_observer(args, method, accelerator, model, balancers, collator, val_set, passes)
     launched = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     launched["split_by"] = split_by(accelerator)
+    launched["training_images"] = sampler.sizes if sampler is not None else len(train_set)
     return Run(
         args=args,
         method=method,
@@ -379,14 +386,18 @@ def fit(
     """The arguments, with smaller batches and more of them per step if those asked for do not fit into memory."""
     wanted = args.per_device_train_batch_size
     model.to(accelerator.device).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # What else a step holds of them: the moments of AdamW, and a row of gradients for each task and their sum.
+    copies = 2 if args.weighting in PLAIN or args.weighting in LOSS_WEIGHTINGS else 3 + len(collator.tasks)
 
     def attempt(size: int) -> None:
         batch = send_to_device(collator(list(islice(train_set, size))), accelerator.device)
+        held = [parameter.new_empty(copies, *parameter.shape) for parameter in trained]
         try:
-            with accelerator.autocast():
-                engine.backward(accelerator, model, batch, weights=weights, **passes)
+            engine.backward(accelerator, model, batch, weights=weights, **passes)
         finally:
             model.zero_grad()
+            held.clear()
 
     size = find_batch_size(accelerator, wanted, attempt)
     if size == wanted:
@@ -400,27 +411,36 @@ def fit(
 def make_balancers(
     args: TrainArguments, method: Method, accelerator: Accelerator, model, tasks, weights: dict, passes: dict
 ) -> dict[tuple[str, ...], Balancer]:
-    """What gives the gradients of each optimiser step; the state of the weighting is saved with the checkpoints."""
+    """What gives the gradients of each optimiser step, by its tasks."""
     by_name = {task.name: task for task in tasks}
     regularizer = method.regularizer(model, args)
     balancers = {}
     for names in engine.update_groups(by_name, args.updates, 0):
         weighting = make_weighting(args.weighting, names, weights, args.seed)
-        accelerator.register_for_checkpointing(weighting)
+        own = [by_name[name] for name in names]
         balancers[tuple(names)] = Balancer(
-            accelerator, model, [by_name[name] for name in names], weighting, regularizer=regularizer, **passes
+            accelerator, model, own, weighting, regularizer=regularizer, own_parts=method.own_parts, **passes
         )
     return balancers
 
 
 def make_observer(
-    args: TrainArguments, accelerator: Accelerator, model, balancers: dict, collator, val_set, passes: dict
+    args: TrainArguments,
+    method: Method,
+    accelerator: Accelerator,
+    model,
+    balancers: dict,
+    collator,
+    val_set,
+    passes: dict,
 ) -> Observer:
     """What tells trackers of the run, and draws what is predicted on the way."""
     every_task = None
     if args.cosine_steps is not None:
         weighting = make_weighting("equal", [task.name for task in collator.tasks])
-        every_task = Balancer(accelerator, model, collator.tasks, weighting, activate=passes["activate"])
+        every_task = Balancer(
+            accelerator, model, collator.tasks, weighting, activate=passes["activate"], own_parts=method.own_parts
+        )
 
     def draw():
         own, samples = accelerator.unwrap_model(model), report.examples(val_set)
@@ -445,7 +465,7 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
         log_with=args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
     )
-    check_fsdp(accelerator)
+    set_up_fsdp(accelerator)
     if args.cosine_steps is not None:
         refuse_split(accelerator, "`cosine_steps`")
     wanted = args.task_order

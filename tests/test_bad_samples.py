@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from peft_talora import make_task, sources
 from peft_talora.data import BadSample, FolderDataset, readable
 from peft_talora.data.bad_samples import reading
+from peft_talora.data.values import to_array
 
 H, W = 12, 16
 TASKS = [make_task(name, channels) for name, channels in {"segmentation": 4, "depth": 1, "normals": 3}.items()]
@@ -156,6 +157,31 @@ def test_two_hundred_mutated_samples_are_named_and_nothing_else_happens(tmp_path
         assert all(same(dataset[other], sound[other]) for other in range(SAMPLES) if other != index)
     assert named > 160
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_headers_of_npy_and_what_else_numpy_would_open_are_named(tmp_path):
+    file, source, drawn = tmp_path / "1.npy", tmp_path / "sound.npy", random.Random(1)
+    np.save(source, np.ones((H, W), dtype=np.float32))
+    sound, problems = bytearray(source.read_bytes()), []
+    for _ in range(300):
+        content = sound.copy()
+        for _ in range(3):
+            content[drawn.randrange(100)] ^= 1 << drawn.randrange(8)
+        file.write_bytes(content)
+        try:
+            with reading(file):
+                to_array(file, (), str(file))
+        except BadSample as error:
+            problems.append(str(error))
+    assert len(problems) > 100
+    assert all(str(file) in problem for problem in problems)
+    with open(file, "wb") as handle:
+        np.savez(handle, label=np.ones((H, W)))
+    with pytest.raises(BadSample, match=str(file)), reading(file):
+        to_array(file, (), str(file))
+    file.write_bytes(b"PK\x03\x04 and no archive")
+    with pytest.raises(BadSample, match=str(file)), reading(file):
+        to_array(file, (), str(file))
 
 
 def test_class_255_and_an_empty_mask_are_no_faults(tmp_path):

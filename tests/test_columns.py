@@ -62,9 +62,11 @@ def test_normals_are_turned_and_renormalised():
 
 
 def test_masks_by_a_threshold():
-    assert label(SALIENCY, Column("there", threshold=127.5), np.array([[0, 127, 128, 255, 1]] * H))[0].tolist() == [
-        *(0, 0, 1, 1, 0)
-    ]
+    grey = np.array([[0, 127, 128, 255, 1]] * H)
+    assert label(SALIENCY, Column("there", threshold=127.5), grey)[0].tolist() == [0, 0, 1, 1, 0]
+    assert label(SALIENCY, Column("there", threshold=127.5, ignored=(255,)), grey)[0].tolist() == [0, 0, 1, 255, 0]
+    with pytest.raises(BadSample, match="holds nan; allowed: finite"):
+        label(SALIENCY, Column("there", threshold=0.5), np.full((H, W), np.nan))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +89,39 @@ def test_what_is_not_allowed_is_named_with_row_and_column(task, value, words):
     assert re.search(words, str(caught.value)), caught.value
 
 
-def test_bad_columns_are_refused():
-    with pytest.raises(ValueError, match="scale of the column 'a' is 0"):
-        Column("a", scale=0)
-    with pytest.raises(ValueError, match=r"signs of the column 'a' are \(1, 2, 1\)"):
-        Column("a", signs=(1, 2, 1))
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"scale": 0}, "scale of the column 'a': 0; allowed: a positive number"),
+        ({"scale": "mm"}, "scale of the column 'a': 'mm'"),
+        ({"signs": (1, 2, 1)}, r"signs of the column 'a': \(1, 2, 1\); allowed: three of 1 and -1"),
+        ({"ignored": 0}, "ignored of the column 'a': 0; allowed: a list of ids"),
+        ({"ignored": ("0",)}, r"ignored and classes of the column 'a': \('0',\), None; allowed: ids that are whole"),
+        ({"classes": {"1": 0}}, "allowed: ids that are whole numbers"),
+        ({"classes": (1,)}, "classes of the column 'a'.*a mapping from id to id"),
+        ({"threshold": "half"}, "threshold of the column 'a': 'half'"),
+        ({"inverse": 1}, "inverse of the column 'a': 1; allowed: true or false"),
+    ],
+)
+def test_bad_columns_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Column("a", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("task", "column", "words"),
+    [
+        (DEPTH, Column("a", ignored=(0,)), r"'depth': ignored of the column 'a' is \(0,\), but .* by inverse, scale"),
+        (NORMALS, Column("a", scale=2.0), "labels of normals are translated by signs alone"),
+        (SEGMENTATION, Column("a", threshold=0.5), "labels of segmentation are translated by classes, ignored alone"),
+    ],
+)
+def test_what_a_kind_of_label_does_not_heed_is_refused(task, column, words):
+    with pytest.raises(ValueError, match=words):
+        ColumnDataset([], [task], {task.name: column})
+
+
+def test_tasks_and_images_without_a_column_are_named():
     with pytest.raises(ValueError, match="table has no labels of depth; it has those of normals"):
         ColumnDataset([], [DEPTH], {"normals": Column("a")}, source="table")
     with pytest.raises(BadSample, match="column 'rgb' is missing; the row has image"):
@@ -115,6 +145,9 @@ def test_a_map_of_columns_from_a_file(tmp_path):
         ("tasks: {}\nmore: 1", "is no map of columns"),
         ("tasks: {depth: {scale: 1}}", "task 'depth' is .*allowed: classes, column, ignored"),
         ("tasks: {depth: {column: a, unit: mm}}", "task 'depth'"),
+        ("tasks: {depth: {column: a, scale: mm}}", "map.yaml: task 'depth': scale of the column 'a': 'mm'"),
+        ("tasks: {depth: {column: a, signs: 1}}", "map.yaml: task 'depth'"),
+        ("tasks: [", "is no YAML"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=words):

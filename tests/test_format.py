@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from format_cases import (
     H,
     W,
@@ -13,6 +14,7 @@ from format_cases import (
     write_parquet,
     write_pascal,
 )
+from PIL import Image
 
 from peft_talora.benchmark.protocols import CITYSCAPES_7, NYUV2_13, PASCAL_INVPT
 from peft_talora.data import FORMATS, BadSample
@@ -108,6 +110,44 @@ def test_nyud(tmp_path):
     assert sample["labels"]["edges"].shape == (H, W)
 
 
+def test_nyud_as_astmt_has_it(tmp_path):
+    """Of the same labels in other files."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    write_nyud(tmp_path)
+    before = FORMATS["nyud-40"].open(tmp_path, "train", FORMATS["nyud-40"].tasks)[0]["labels"]
+    ids = np.array(Image.open(tmp_path / "segmentation" / "0003.png"), dtype=np.float64)
+    savemat(tmp_path / "segmentation" / "0003.mat", {"segmentation": ids})
+    savemat(tmp_path / "depth" / "0003.mat", {"depth": scene(3)["depth"]})
+    eight_bits = np.round(127.5 * (1 + scene(3)["normal"])).astype(np.uint8)
+    Image.fromarray(eight_bits).save(tmp_path / "normals" / "0003.jpg", quality=100, subsampling=0)
+    Image.fromarray(np.array([[0, 255] * 4] * H, dtype=np.uint8)).save(tmp_path / "edge" / "0003.png")
+    for file in ("segmentation/0003.png", "depth/0003.npy", "normals/0003.npy", "edge/0003.npy"):
+        (tmp_path / file).unlink()
+    after = FORMATS["nyud-40"].open(tmp_path, "train", FORMATS["nyud-40"].tasks)[0]["labels"]
+    for name in ("segmentation", "depth", "edges"):
+        assert torch.equal(after[name], before[name]), name
+    known = before["normals"].square().sum(dim=0) > 0
+    cosine = (after["normals"] * before["normals"]).sum(dim=0)[known]
+    assert cosine.mean() > 0.99, "but for what jpg makes of noise"
+    (tmp_path / "depth" / "0003.mat").write_bytes(b"")
+    with pytest.raises(BadSample, match=r"depth/0003.mat"):
+        FORMATS["nyud-40"].open(tmp_path, "train", [make_task("depth", 1)])[0]
+
+
+def test_of_a_label_of_several_files_the_broken_one_is_named(tmp_path):
+    write_cityscapes_19(tmp_path)
+    camera = tmp_path / "camera" / "train" / "bochum" / "bochum_000000_000313_camera.json"
+    for text in ("{", "{}"):
+        camera.write_text(text)
+        with pytest.raises(BadSample, match=str(camera)):
+            FORMATS["cityscapes-19"].open(tmp_path, "train", [make_task("depth", 1)])[1]
+    write_pascal(tmp_path)
+    context = tmp_path / "pascal-context" / "trainval" / "2008_000008.mat"
+    context.write_bytes(context.read_bytes()[:100])
+    with pytest.raises(BadSample, match=str(context)):
+        FORMATS["pascal-context"].open(tmp_path, "train", [make_task("normals", 3)])[0]
+
+
 def test_what_is_missing_is_named_with_where_it_is_published(tmp_path):
     depth = [make_task("depth", 1)]
     for name, words in (
@@ -140,5 +180,5 @@ def test_a_file_that_is_missing_or_wrong_is_named(tmp_path):
     write_pascal(tmp_path / "pascal")
     parts = tmp_path / "pascal" / "human_parts" / "2008_000008.mat"
     parts.write_bytes((tmp_path / "pascal" / "pascal-context" / "trainval" / "2008_000008.mat").read_bytes())
-    with pytest.raises(BadSample, match=f"{parts} is no annotation of PASCAL-Part"):
+    with pytest.raises(BadSample, match=f"{parts} has no anno"):
         FORMATS["pascal-context"].open(tmp_path / "pascal", "train", [make_task("parts", 7)])[0]

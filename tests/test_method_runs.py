@@ -268,7 +268,7 @@ def test_a_resumed_run_weighs_its_tasks_as_before(weighting, arguments, tmp_path
     resume = ["--weighting", weighting, "--resume_from_checkpoint", found]
     train(arguments, "talora", TASKS, tmp_path / "resumed", *resume)
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
-    damaged = found / "custom_checkpoint_0.pkl"
+    damaged = found / "learnt.pt"
     damaged.write_bytes(damaged.read_bytes()[:50])
     with pytest.raises(OSError, match=f"{damaged}: missing, truncated or corrupt"):
         train(arguments, "talora", TASKS, tmp_path / "resumed", *resume)

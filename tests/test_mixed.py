@@ -1,11 +1,12 @@
 """Mixtures: samples of several data sets, drawn in the shares asked for, the same after a resume."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from format_cases import scene, write_nyud, write_parquet
+from format_cases import scene, write_cityscapes_7, write_nyud, write_parquet
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -178,6 +179,34 @@ def test_places_of_different_formats_are_one_data_set(folders, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             sources.open_split(sources.DataArguments(**places, data_format=formats), "train", [DEPTH], 64)
+
+
+def test_places_are_named_once(folders):
+    args = sources.DataArguments(data_root=folders[0], mix=[folders[1], folders[0]])
+    with pytest.raises(ValueError, match=f"name {folders[0]} twice"):
+        sources.open_split(args, "train", [DEPTH], 64)
+
+
+def test_a_share_too_small_for_a_sample_is_refused():
+    with pytest.raises(ValueError, match=r"an epoch of 200 samples has \[200, 0\] of the data sets"):
+        MixedSampler([100, 100], [1000, 1])
+
+
+def test_inverse_depth_is_known_to_augmentation(tmp_path):
+    write_cityscapes_7(tmp_path)
+    tasks = [make_task("inverse_depth", 1, "depth")]
+    args = sources.SplitArguments(data_root=str(tmp_path), data_format=["cityscapes-7"], test_split="train")
+    train_set, *_ = sources.open_splits(args, 0, tasks, 64)
+    assert train_set.augmentation.inverse == {"inverse_depth"}
+
+
+def test_a_stream_has_no_workers(tmp_path):
+    write_parquet(tmp_path / "set", {"train": 3, "test": 2})
+    args = sources.SplitArguments(data_root=str(tmp_path / "set"), data_format=["nyuv2-13"], streaming=True)
+    with pytest.raises(ValueError, match="`max_train_samples` or `max_eval_samples` is 0"):
+        sources.open_splits(replace(args, max_train_samples=0), 0, [DEPTH], 64)
+    with pytest.raises(ValueError, match="`dataloader_num_workers` is 1; with `streaming` allowed: 0"):
+        sources.open_splits(replace(args, dataloader_num_workers=1), 0, [DEPTH], 64)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_recipes import SMALL, TRAIN, load_recipe, read_results, run
 
 import peft_talora
-from peft_talora.sharding import check_fsdp, is_split, refuse_split, taking_whole, whole_state
+from peft_talora.sharding import is_split, refuse_split, set_up_fsdp, taking_whole, whole_state
 
 CASES = Path(__file__).parent / "fsdp_cases.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -95,11 +95,13 @@ def test_a_whole_model_does_not_go_on_from_a_split_ones_checkpoint(split, train_
 def test_fsdp_must_be_the_second_and_without_pickles(settings, message):
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **settings})
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    plugin.set_mixed_precision("bf16")
     if message is None:
-        check_fsdp(accelerator)
+        set_up_fsdp(accelerator)
+        assert plugin.mixed_precision_policy is None, "autocast does it"
         return
     with pytest.raises(ValueError, match=message):
-        check_fsdp(accelerator)
+        set_up_fsdp(accelerator)
 
 
 def test_what_needs_the_whole_model_is_refused_by_name():
@@ -116,4 +118,4 @@ def test_a_whole_model_is_left_as_it_is():
     with taking_whole(model):
         model.load_state_dict({"weight": torch.ones(3, 2), "bias": torch.zeros(3)})
     assert torch.equal(model.weight, torch.ones(3, 2))
-    check_fsdp(Accelerator(cpu=True))
+    set_up_fsdp(Accelerator(cpu=True))

@@ -86,6 +86,17 @@ def test_every_place_of_the_crop_can_occur(generator):
     assert firsts == set(range(6))
 
 
+def test_inverse_depth_stays_the_inverse_of_depth(sample):
+    depth = sample["labels"]["depth"]
+    tasks = [make_task("depth", 1), make_task("disparity", 1, "depth")]
+    pair = {**sample, "labels": {"depth": depth, "disparity": torch.where(depth > 0, 1 / depth, 0)}}
+    augmentation = JointAugmentation(tasks, scales=[1.5], flip=0, inverse={"disparity"})
+    labels = augmentation(pair, torch.Generator().manual_seed(1))["labels"]
+    known = labels["depth"] > 0
+    assert known.any()
+    torch.testing.assert_close(labels["disparity"][known], 1 / labels["depth"][known])
+
+
 def test_unknown_labels_stay_unknown(generator):
     labels = {task.name: task.empty_label((16, 24)) for task in TASKS}
     sample = {"image": torch.zeros(3, 16, 24), "labels": labels, "name": "x"}

@@ -60,19 +60,20 @@ def test_dynamic_average_weighs_by_the_ratio_of_two_epochs():
     weighting = DynamicAverage(TASKS)
     for epoch, losses in enumerate(([4.0, 2.0], [2.0, 1.8])):
         for spread in (-0.5, 0.5):
-            assert_close(weighting.weights(0), [1.0, 1.0])
+            assert_close(weighting.weights(0, epoch), [1.0, 1.0])
             weighting.note(torch.tensor(losses, dtype=torch.float64) + spread, BOTH, epoch)
-    weighting.note(LOSSES, BOTH, 2)
     first, second = math.exp(0.5 / 2), math.exp(0.9 / 2)
-    assert_close(weighting.weights(0), [2 * first / (first + second), 2 * second / (first + second)])
+    expected = [2 * first / (first + second), 2 * second / (first + second)]
+    assert_close(weighting.weights(0, 2), expected)
+    weighting.note(LOSSES, BOTH, 2)
+    assert_close(weighting.weights(1, 2), expected)
 
 
 def test_a_task_without_labels_in_an_epoch_has_a_ratio_of_one():
     weighting = DynamicAverage(TASKS)
     weighting.note(LOSSES, BOTH, 0)
     weighting.note(LOSSES[:1] / 2, BOTH[:1], 1)
-    weighting.note(LOSSES, BOTH, 2)
-    assert_close(weighting.weights(0), (2 * torch.tensor([0.5, 1.0]).double().div(2).softmax(0)).tolist())
+    assert_close(weighting.weights(0, 2), (2 * torch.tensor([0.5, 1.0]).double().div(2).softmax(0)).tolist())
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ class Protocol:
         data_format: How they are laid out otherwise: `folder` as `FolderDataset` reads them, or one of `FORMATS`.
         ignored_class: Class in the files of segmentation and parts that means "no label".
         derive_edges: Whether edges are the borders of segmentation.
-        augment: Whether training images are scaled, cropped and flipped.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Protocol:
     data_format: str = "folder"
     ignored_class: int = IGNORE_INDEX
     derive_edges: bool = False
-    augment: bool = True
 
     def __post_init__(self):
         directions = {task.name: task.metric().higher_is_better for task in self.tasks}
@@ -91,7 +89,6 @@ class Protocol:
             "num_images": self.images["train"] if self.generated else None,
             "ignored_class": self.ignored_class,
             "derive_edges": self.derive_edges,
-            "augment": self.augment,
             "data_format": None if self.data_format == "folder" else [self.data_format],
         }
         return {name: value for name, value in arguments.items() if value is not None}
@@ -181,8 +178,7 @@ NYUV2_13 = Protocol(
     data_format="nyuv2-13",
 )
 
-# What papers call depth here is inverse depth, not metres; 0 is unknown. The scale-crop divides depth by the scale,
-# which is wrong for its inverse, so nothing is augmented.
+# What papers call depth here is inverse depth, not metres; 0 is unknown.
 CITYSCAPES_7 = Protocol(
     name="cityscapes-7",
     tasks=(make_task("segmentation", 7), make_task("inverse_depth", 1, "depth")),
@@ -194,7 +190,6 @@ CITYSCAPES_7 = Protocol(
     figures={"inverse_depth": ("absolute_error", "relative_error")},
     test_split="val",
     data_format="cityscapes-7",
-    augment=False,
 )
 
 # Saliency by mIoU, normals by the mean angle alone. Labels of both are predictions of other networks. The papers' mIoU

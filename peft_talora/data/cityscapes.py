@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..tasks import make_task
+from .bad_samples import reading
 from .columns import Column
 from .format import Format, Row, list_numbered
 from .values import DEPTH_MODES, to_array
@@ -27,7 +28,7 @@ CITYSCAPES_7 = Format(
     tasks=(make_task("segmentation", 7), make_task("inverse_depth", 1, "depth")),
     columns={
         "segmentation": Column("segmentation_7", ignored=(-1,)),
-        "inverse_depth": Column("depth"),
+        "inverse_depth": Column("depth", inverse=True),
     },
     published=(
         "https://huggingface.co/datasets/tanganke/cityscapes (parquet) and https://github.com/lorenmt/mtan (npy)"
@@ -52,14 +53,17 @@ def read_depth(files: tuple[Path, Path]) -> np.ndarray:
     """Depth (H, W) in metres, 0 unknown: focal length · baseline / disparity, of the files of disparity and camera.
 
     Raises:
-        ValueError: the camera's file does not say its baseline and focal length.
+        BadSample: the camera's file does not say its baseline and focal length.
     """
-    disparity = read_disparity(files[0])
-    camera = json.loads(files[1].read_text())
-    try:
-        factor = camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{files[1]} has no extrinsic.baseline and intrinsic.fx") from error
+    disparity_file, camera_file = files
+    with reading(disparity_file):
+        disparity = read_disparity(disparity_file)
+    with reading(camera_file):
+        camera = json.loads(camera_file.read_text())
+        try:
+            factor = camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{camera_file} has no extrinsic.baseline and intrinsic.fx") from error
     return np.where(disparity > 0, factor / np.maximum(disparity, 1 / 256), 0)
 
 
@@ -86,7 +90,7 @@ CITYSCAPES_19 = Format(
     tasks=(make_task("segmentation", 19), make_task("disparity", 1, "depth"), make_task("depth", 1)),
     columns={
         "segmentation": Column("labelIds", classes={theirs: ours for ours, theirs in enumerate(OFFICIAL_IDS)}),
-        "disparity": Column("disparity", read=read_disparity),
+        "disparity": Column("disparity", inverse=True, read=read_disparity),
         "depth": Column("depth", read=read_depth),
     },
     published="https://www.cityscapes-dataset.com (leftImg8bit, gtFine, disparity, camera)",

@@ -4,8 +4,9 @@ A row is a mapping from column to value (see ``peft_talora.data.values``). `Colu
 in, and how they are to be translated; with those of all tasks, any data set of the Hub and any folder is read.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from .bad_samples import reading
 from .values import CLASS_MODES, DEPTH_MODES, IMAGE_MODES, classes_of, image_of, plane_of, to_array, vectors_of
 
 NAME = "name"  # the column of a row's name, where there is one
+_ALWAYS_READ = {"column", "read"}
+_READ_BY_KIND = {
+    "depth": {"scale", "inverse"},
+    "normals": {"signs"},
+    "edges": {"ignored", "classes", "threshold"},
+    "saliency": {"ignored", "classes", "threshold"},
+}
 _VECTOR_MODES = ("RGB",)
 _MASK_MODES = ("1", *CLASS_MODES)
 
@@ -33,9 +41,14 @@ class Column:
         scale: of depth: metres per unit, which is 1 where it is in metres.
         ignored: of classes: ids that mean "no label".
         classes: of classes: id in the column → id of the task; all others are ignored. None: they stay as they are.
-        threshold: of edges and saliency: what is above it is 1, the rest 0. None: the column holds 0, 1 and 255.
+        threshold: of edges and saliency: what is above it is 1, the rest 0, but for ``ignored``. None: the column
+            holds 0, 1 and 255.
         signs: of normals: by what their x, y and z are multiplied to point as `peft_talora.data` says.
-        read: value → array, where it is neither an array nor an image.
+        inverse: of depth: the column holds disparity or inverse depth, which grow where depth shrinks.
+        read: value → array, or what becomes one, where it is neither an array nor an image.
+
+    Raises:
+        ValueError: one of them is of another form.
     """
 
     column: str
@@ -44,13 +57,37 @@ class Column:
     classes: Mapping[int, int] | None = None
     threshold: float | None = None
     signs: tuple[int, int, int] = (1, 1, 1)
+    inverse: bool = False
     read: Callable[[Any], np.ndarray | None] | None = None
 
     def __post_init__(self):
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale of the column {self.column!r} is {self.scale}; allowed: a positive number")
-        if len(self.signs) != 3 or not all(sign in (1, -1) for sign in self.signs):
-            raise ValueError(f"signs of the column {self.column!r} are {self.signs}; allowed: three of 1 and -1")
+        ids = [*self.ignored] if isinstance(self.ignored, tuple) else [self.ignored]
+        if isinstance(self.classes, Mapping):
+            ids += [*self.classes.keys(), *self.classes.values()]
+        for name, right, allowed in (
+            ("column", isinstance(self.column, str), "a name"),
+            ("scale", _is_number(self.scale) and self.scale > 0, "a positive number"),
+            ("ignored", isinstance(self.ignored, tuple), "a list of ids"),
+            ("classes", self.classes is None or isinstance(self.classes, Mapping), "a mapping from id to id"),
+            ("ignored and classes", all(type(number) is int for number in ids), "ids that are whole numbers"),
+            ("threshold", self.threshold is None or _is_number(self.threshold), "a number"),
+            ("signs", len(self.signs) == 3 and all(sign in (1, -1) for sign in self.signs), "three of 1 and -1"),
+            ("inverse", isinstance(self.inverse, bool), "true or false"),
+        ):
+            if not right:
+                value = ", ".join(repr(getattr(self, one)) for one in name.split(" and "))
+                raise ValueError(f"{name} of the column {self.column!r}: {value}; allowed: {allowed}")
+
+    def check(self, task: Task) -> None:
+        """Raise ValueError for what the labels of the task are not translated by."""
+        read = _READ_BY_KIND.get(task.kind, {"ignored", "classes"})
+        for one in fields(self):
+            if one.name in _ALWAYS_READ | read or getattr(self, one.name) == one.default:
+                continue
+            raise ValueError(
+                f"task {task.name!r}: {one.name} of the column {self.column!r} is {getattr(self, one.name)!r}, but "
+                f"labels of {task.kind} are translated by {', '.join(sorted(read))} alone"
+            )
 
     def label(self, task: Task, value: Any, source: str) -> torch.Tensor | None:
         """The label of ``task`` that a value is; None where there is none. ``source`` names it in errors."""
@@ -66,7 +103,10 @@ class Column:
             return torch.from_numpy(depth * np.float32(self.scale))
         if self.threshold is not None:
             plane = plane_of(to_array(value, _MASK_MODES, source), source)
-            return torch.from_numpy((plane > self.threshold).astype(np.int64))
+            if not np.isfinite(plane).all():
+                raise ValueError(f"{source} holds {plane[~np.isfinite(plane)][0]}; allowed: finite numbers")
+            above = (plane > self.threshold).astype(np.int64)
+            return torch.from_numpy(np.where(np.isin(plane, self.ignored), IGNORE_INDEX, above))
         return torch.from_numpy(self._translate(classes_of(to_array(value, CLASS_MODES, source), source)))
 
     def _translate(self, ids: np.ndarray) -> np.ndarray:
@@ -87,7 +127,7 @@ class ColumnDataset(torch.utils.data.Dataset):
 
     Args:
         rows: a sequence of mappings from column to value, such as a ``datasets.Dataset``.
-        tasks: whose labels to read.
+        tasks: whose labels to read. Without any, samples have no labels.
         columns: task → where they are.
         image: column of the images.
         source: what the rows are called in errors.
@@ -129,7 +169,7 @@ class ColumnDataset(torch.utils.data.Dataset):
             label = self._read(row, index, column.column, read)
             if label is not None:
                 labels[task.name] = label
-        if not labels:
+        if not labels and self.tasks:
             labels = {self.tasks[0].name: self.tasks[0].empty_label(tuple(image.shape[1:]))}
         return {"image": image, "labels": labels, "name": name}
 
@@ -155,9 +195,11 @@ class ColumnDataset(torch.utils.data.Dataset):
 
 
 def check_tasks(tasks: Sequence[Task], columns: Mapping[str, Column], source: str) -> None:
-    """Raise ValueError for a task that has no column."""
+    """Raise ValueError for a task that has no column, or one that says what labels of its kind do not heed."""
     if missing := [task.name for task in tasks if task.name not in columns]:
         raise ValueError(f"{source} has no labels of {', '.join(missing)}; it has those of {', '.join(columns)}")
+    for task in tasks:
+        columns[task.name].check(task)
 
 
 def read_column_map(file: str | Path) -> tuple[dict[str, Column], str]:
@@ -168,6 +210,7 @@ def read_column_map(file: str | Path) -> tuple[dict[str, Column], str]:
         image: rgb                        # "image" where it is left out
         tasks:
           depth: {column: depth_map, scale: 0.001}
+          disparity: {column: disparity, inverse: true}
           segmentation: {column: mask, ignored: [0], classes: {1: 0, 7: 1}}
 
     Raises:
@@ -175,7 +218,10 @@ def read_column_map(file: str | Path) -> tuple[dict[str, Column], str]:
     """
     allowed = "`image` and `tasks`, in which every task has a `column`"
     with open(file) as handle:
-        found = yaml.safe_load(handle)
+        try:
+            found = yaml.safe_load(handle)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is no YAML: {error}") from error
     if (
         not isinstance(found, Mapping)
         or not isinstance(found.get("tasks"), Mapping)
@@ -187,6 +233,12 @@ def read_column_map(file: str | Path) -> tuple[dict[str, Column], str]:
         known = set(Column.__dataclass_fields__) - {"read"}
         if not isinstance(entry, Mapping) or "column" not in entry or set(entry) - known:
             raise ValueError(f"{file}: task {task!r} is {entry!r}; allowed: {', '.join(sorted(known))}; {allowed}")
-        lists = {name: tuple(entry[name]) for name in ("ignored", "signs") if name in entry}
-        columns[task] = Column(**{**entry, **lists})
+        try:
+            columns[task] = Column(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: task {task!r}: {error}") from error
     return columns, found.get("image", "image")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

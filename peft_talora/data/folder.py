@@ -38,7 +38,7 @@ class FolderDataset(torch.utils.data.Dataset):
     Args:
         root: folder of the dataset.
         split: folder in ``root``, such as train or val.
-        tasks: what to read; each task's folder has its name.
+        tasks: what to read; each task's folder has its name. Without any, samples have no labels.
         derive_edges: where a task of kind edges has no folder, make its labels from the folder of the first of
             ``tasks`` of kind segmentation, or else from a folder named ``segmentation``: boundaries between classes,
             and 255 along what is ignored.
@@ -98,7 +98,7 @@ class FolderDataset(torch.utils.data.Dataset):
                     label = self._read_label(task, path)
                     task.check_label(label, tuple(image.shape[1:]), source=str(path))
                 labels[task.name] = label
-        if not labels:
+        if not labels and self.tasks:
             labels = {self.tasks[0].name: self.tasks[0].empty_label(tuple(image.shape[1:]))}
         return {"image": image, "labels": labels, "name": name}
 

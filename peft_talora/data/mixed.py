@@ -68,7 +68,8 @@ class MixedSampler(Sampler[int]):
         num_samples: of an epoch. None: as many as there are.
 
     Raises:
-        ValueError: for another number of shares than parts, or one that is no positive number.
+        ValueError: for another number of shares than parts, one that is no positive number, or one by which an epoch
+            has no sample of its part.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[float], seed: int = 0, num_samples: int | None = None):
@@ -78,6 +79,11 @@ class MixedSampler(Sampler[int]):
         self._turn: tuple[int, int] | None = None
         self._round: list[int] = []
         self.counts = apportion(shares, sum(sizes) if num_samples is None else num_samples)
+        if 0 in self.counts:
+            raise ValueError(
+                f"shares are {list(shares)}, by which an epoch of {sum(self.counts)} samples has {self.counts} of the "
+                "data sets; each must have one or more"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; 0 at first."""

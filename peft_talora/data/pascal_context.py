@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from ..tasks import make_task
+from .bad_samples import reading
 from .columns import Column
 from .edges import boundaries
 from .format import Format, Row, read_list
+from .mat import load_mat
 from .values import to_array
 
 PERSON = 15  # of PASCAL VOC's classes
@@ -41,16 +43,6 @@ PARTS = {
 _CLASS_OF_PART = {part: number for number, parts in PARTS.items() for part in parts}
 
 
-def _load_mat(file: Path) -> dict:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError(
-            f"{file} is a MATLAB file; reading it needs SciPy: pip install peft_talora[pascal]"
-        ) from error
-    return loadmat(file, squeeze_me=False)
-
-
 def read_parts(file: Path) -> np.ndarray | None:
     """Parts (H, W) of all people of an image; None if nobody's parts are annotated.
 
@@ -58,7 +50,7 @@ def read_parts(file: Path) -> np.ndarray | None:
         ValueError: the file has another structure, or a part of another name.
     """
     try:
-        objects = _load_mat(file)["anno"][0, 0]["objects"].ravel()
+        objects = load_mat(file, "anno")[0, 0]["objects"].ravel()
         label = None
         for person in (one for one in objects if int(one["class_ind"].item()) == PERSON):
             for part in person["parts"].ravel():
@@ -70,11 +62,8 @@ def read_parts(file: Path) -> np.ndarray | None:
 
 
 def read_context(file: Path) -> np.ndarray:
-    """The classes (H, W) of PASCAL-Context. Raises ValueError if the file has none."""
-    content = _load_mat(file)
-    if "LabelMap" not in content:
-        raise ValueError(f"{file} has no LabelMap; it is no annotation of PASCAL-Context")
-    return content["LabelMap"].astype(np.int64)
+    """The classes (H, W) of PASCAL-Context. Raises BadSample if the file has none."""
+    return load_mat(file, "LabelMap").astype(np.int64)
 
 
 def read_edges(file: Path) -> np.ndarray:
@@ -87,11 +76,16 @@ def classes_with_normals(nyu: Path, context: Path) -> frozenset[int]:
     """Ids of the classes of PASCAL-Context that are NYUv2's too, for which normals were learnt.
 
     Raises:
-        ValueError: a file does not hold what it should.
+        BadSample: a file does not hold what it should.
     """
-    wanted, ids = json.loads(nyu.read_text()), json.loads(context.read_text())
-    if not isinstance(ids, dict) or not isinstance(wanted, (list, dict)):
-        raise ValueError(f"{nyu} or {context} has another form; expected: names, and a mapping from name to id")
+    with reading(nyu):
+        wanted = json.loads(nyu.read_text())
+        if not isinstance(wanted, (list, dict)):
+            raise ValueError(f"{nyu} has another form; expected: names")
+    with reading(context):
+        ids = json.loads(context.read_text())
+        if not isinstance(ids, dict):
+            raise ValueError(f"{context} has another form; expected: a mapping from name to id")
     # Both data sets have televisions, by different names.
     return frozenset(ids[name] for name in (*wanted, "tvmonitor") if name in ids and name != "unknown")
 
@@ -99,7 +93,8 @@ def classes_with_normals(nyu: Path, context: Path) -> frozenset[int]:
 def read_normals(files: tuple[Path, Path, Path, Path]) -> np.ndarray:
     """Normals (3, H, W), 0 where the class has none: of the files of normals, classes, and both lists of names."""
     image, context, *lists = files
-    vectors = to_array(image, ("RGB",), str(image)).astype(np.float32) / np.float32(127.5) - 1
+    with reading(image):
+        vectors = to_array(image, ("RGB",), str(image)).astype(np.float32) / np.float32(127.5) - 1
     classes = read_context(context)
     if classes.shape != vectors.shape[1:]:
         raise ValueError(f"{image} is {vectors.shape[1:]} pixels, {context} {classes.shape}")
@@ -107,7 +102,7 @@ def read_normals(files: tuple[Path, Path, Path, Path]) -> np.ndarray:
 
 
 def list_rows(root: Path, split: str) -> list[Row]:
-    """Rows of a split's files. Raises OSError for an image, or all of a task's labels, that are missing."""
+    """Rows of a split's files, whether they are there or not. Raises OSError without the split's list."""
     rows, lists = [], tuple(root / "json" / f"{name}_classes.json" for name in ("nyu", "context"))
     for name in read_list(root / "ImageSets" / "Context" / f"{split}.txt"):
         context = root / "pascal-context" / "trainval" / f"{name}.mat"
@@ -143,7 +138,7 @@ PASCAL_CONTEXT = Format(
         "edges": Column("edges", read=read_edges),
     },
     published=(
-        "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz; json/ is data/db_info of "
+        "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz; json/ is fblib/util/db_info of "
         "https://github.com/facebookresearch/astmt"
     ),
     images={"train": 4998, "val": 5105},

@@ -1,6 +1,6 @@
 """Augmentation of an image together with its labels, repeatable from (seed, epoch, index)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 
 import torch
@@ -14,7 +14,8 @@ class JointAugmentation:
     """Random scale-crop and horizontal flip of a sample (see ``peft_talora.data``); its size stays.
 
     The image is scaled up by one of ``scales``, drawn evenly, and cropped back at a random place: bilinear for the
-    image, nearest for labels, which keep their values. Depth is divided by the scale: what is larger looks nearer.
+    image, nearest for labels, which keep their values. Depth is divided by the scale: what is larger looks nearer;
+    inverse depth and disparity are multiplied by it.
     (Strictly a zoom changes the intrinsics and neither depth nor normals; a network that is not told the intrinsics
     cannot know, so depth follows the usual convention, and normals, whose frame has not turned, stay.) A flip
     negates the x of normals.
@@ -23,15 +24,22 @@ class JointAugmentation:
         tasks: of the samples.
         scales: zoom factors, 1 or more.
         flip: probability of a flip.
+        inverse: names of those tasks of kind depth whose labels are inverse depth or disparity.
     """
 
-    def __init__(self, tasks: Sequence[Task], scales: Sequence[float] = (1.0, 1.2, 1.5), flip: float = 0.5):
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        scales: Sequence[float] = (1.0, 1.2, 1.5),
+        flip: float = 0.5,
+        inverse: Collection[str] = (),
+    ):
         if not scales or min(scales) < 1:
             raise ValueError(f"scales is {scales!r}; allowed: one or more numbers of at least 1")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip is {flip!r}; allowed: a probability from 0 to 1")
         self.tasks = {task.name: task for task in tasks}
-        self.scales, self.flip = tuple(scales), flip
+        self.scales, self.flip, self.inverse = tuple(scales), flip, frozenset(inverse)
 
     def __call__(self, sample: dict, generator: torch.Generator) -> dict:
         """Return an augmented sample, drawn from ``generator``; the given one stays as it is."""
@@ -56,7 +64,9 @@ class JointAugmentation:
         labels = {}
         for name, label in sample["labels"].items():
             label = label[..., rows[:, None], columns]
-            labels[name] = label / scale if self.tasks[name].kind == "depth" else label
+            if self.tasks[name].kind == "depth":
+                label = label * scale if name in self.inverse else label / scale
+            labels[name] = label
         return {**sample, "image": image[:, top : top + H, left : left + W].contiguous(), "labels": labels}
 
     def _mirror(self, sample):

@@ -7,6 +7,7 @@ A value is a NumPy array or what becomes one (a tensor, nested lists), a Pillow 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,13 @@ def to_array(value: Any, modes: Sequence[str], source: str) -> np.ndarray:
         ValueError: for an image of another mode, or what is no array.
     """
     if isinstance(value, Mapping) and value.get("bytes") is not None:
-        value = BytesIO(value["bytes"])
+        value = value["bytes"]
     elif isinstance(value, Mapping) and value.get("path") is not None:
         value = Path(value["path"])
+    if isinstance(value, bytes):
+        value = BytesIO(value)
     if isinstance(value, Path) and value.suffix.lower() == ".npy":
-        return np.load(value, allow_pickle=False)
+        return _read_npy(value)
     if isinstance(value, (Path, BytesIO)):
         with Image.open(value) as file:
             return _pixels(file, modes, source)
@@ -44,6 +47,14 @@ def to_array(value: Any, modes: Sequence[str], source: str) -> np.ndarray:
     if array.dtype == object:
         raise ValueError(f"{source} is {type(value).__name__} without a shape; allowed: arrays, images, their bytes")
     return array
+
+
+def _read_npy(file: Path) -> np.ndarray:
+    with open(file, "rb") as handle:
+        try:
+            return np.lib.format.read_array(handle, allow_pickle=False)
+        except TokenError as error:  # of the header's text
+            raise ValueError(f"{file} has no header of npy: {error}") from error
 
 
 def _pixels(image: Image.Image, modes: Sequence[str], source: str) -> np.ndarray:

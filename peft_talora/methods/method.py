@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import SamImageProcessorPil
 
-from ..engine import TaskOrder, Updates, keep_active, resolve_task_order
+from ..engine import TaskOrder, Updates, keep_active, own_name, resolve_task_order
 from ..hub import save_adapter
 from ..msam import MSamModel
 from ..tuner import orthogonality_loss
@@ -64,6 +64,7 @@ class Method:
         updates: the ways of `engine.update_groups` that differ for it, the better one there first.
         resolve_order: asked-for task order and device → the order; see `engine.task_groups`.
         activate: called with the model and the tasks of every encoder pass, before it.
+        own_parts: task → the parts of the names of parameters, between their dots, that say they are its own.
         regularizer: model and arguments → what gives a scalar to add to the losses, or None.
         save: writes an adapter folder of some of the tasks, with image processor and model card.
         folder_per_task: whether each task is saved in a folder of its own, rather than all tasks in one.
@@ -77,6 +78,7 @@ class Method:
     updates: tuple[Updates, ...] = ("joint",)
     resolve_order: Callable[[str, torch.device], TaskOrder] = one_pass
     activate: Callable[[PeftModel, Sequence[str]], None] = keep_active
+    own_parts: Callable[[str], tuple[str, ...]] = own_name
     regularizer: Callable[[PeftModel, AdapterArguments], Regularizer | None] = unregularized
     save: Callable[[PeftModel, Sequence[str], Path, SamImageProcessorPil | None, str], None] = save_all
     folder_per_task: bool = False
@@ -123,6 +125,7 @@ METHODS: dict[str, Method] = {
             _SHARED,
             resolve_order=task_by_task,
             activate=mtlora.activate,
+            own_parts=mtlora.own_parts,
             save=mtlora.save_task,
             folder_per_task=True,
         ),

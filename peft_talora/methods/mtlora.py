@@ -31,6 +31,11 @@ def own(task: str) -> str:
     return f"own_{task}"
 
 
+def own_parts(task: str) -> tuple[str, str]:
+    """What in the names of parameters says that they are of a task alone: of its head, and of its LoRA."""
+    return task, own(task)
+
+
 def add_loras(model: MSamModel, args: AdapterArguments) -> PeftModel:
     """The shared LoRA, of rank `args.r`, which holds heads and norms, and one of rank `args.r_task` per task."""
     config = lora_config(args, args.r, trained_modules(model, args.train_norms))
