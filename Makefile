@@ -15,7 +15,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 # Python, and the versions that it gets; an interpreter that is not here is left out, and said so.
 AXES ?= 3.10:constraints-transformers-oldest.txt 3.11:constraints-peft-oldest.txt 3.12:constraints.txt 3.13:constraints.txt

@@ -79,9 +79,7 @@ class Balancer:
         if not isinstance(self.weighting, GradientWeighting):
             return
         if not self._parted()[1]:
-            raise ValueError(
-                "no tasks share any parameter that is trained; a weighting that needs gradients needs one."
-            )
+            raise ValueError("tasks share no parameter that is trained: there are no gradients to weigh.")
         if self.order != "sequential":
             raise ValueError(
                 f"`task_order` is {self.order!r}; a weighting that needs each task's gradients allows: 'sequential'."

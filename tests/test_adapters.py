@@ -20,6 +20,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from peft_talora.continual.adapters import StockAdapters
 
@@ -43,12 +44,12 @@ class TestEveryKind:
         with torch.no_grad():
             expected = masks(base, images)
         adapters = adapters_of(kind, DOMAINS[:1])
-        assert torch.equal(predict(adapters, "pits", images), expected)
+        assert_close(predict(adapters, "pits", images), expected)  # a copy of weights may be summed in another order
         step(adapters, "pits")
-        assert not torch.equal(predict(adapters, "pits", images), expected)
+        assert (predict(adapters, "pits", images) - expected).abs().max() > 1e-3
         adapters.add("rails", config_of(kind, base))
-        assert torch.equal(predict(adapters, "rails", images), expected)
-        assert torch.equal(predict(adapters, None, images), expected)
+        assert_close(predict(adapters, "rails", images), expected)
+        assert_close(predict(adapters, None, images), expected)
 
     def test_training_a_domain_changes_no_other_and_not_the_model(self, kind, images):
         adapters = adapters_of(kind, DOMAINS)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from accelerate.utils import DistributedType
 from balancing_cases import BATCH, DTYPES, GIVEN, KINDS, TASKS, batch_of, make_collator, make_model, outcome, train
 from safetensors.torch import load_file
 
-from peft_talora import Task, engine, make_task, orthogonality_loss
+from peft_talora import MSamModel, Task, engine, make_task, orthogonality_loss
 from peft_talora.balancing import Balancer
+from peft_talora.methods import METHODS, AdapterArguments
 from peft_talora.weighting import WEIGHTINGS, GradientWeighting, make_weighting
 
 
@@ -94,6 +96,35 @@ def test_what_belongs_to_one_task_has_its_own_weight(accelerator, model):
         seen.add((task, "talora_task" in name))
         torch.testing.assert_close(value, weights.get(task, 1.0) * plain[name])
     assert seen == {(None, False), *((task, kind) for task in TASKS for kind in (True, False))}
+
+
+def test_a_lora_of_one_task_has_its_own_weight(accelerator, sam_folder):
+    class Own(Plain):
+        def combine(self, losses_S, gradients_SN, labelled_S, step):
+            self.numbers = gradients_SN.shape[1]
+            return self.weighed_sum(torch.zeros_like(losses_S), gradients_SN), torch.ones_like(losses_S)
+
+    method = METHODS["mtlora"]
+    model = method.add(MSamModel.from_pretrained(sam_folder, tasks=TASKS), AdapterArguments(method="mtlora", r=4))
+    model, collator, weighting = model.double(), make_collator(model), Own(list(TASKS))
+    activate = partial(method.activate, model)
+    balancer = Balancer(accelerator, model, collator.tasks, weighting, activate=activate, own_parts=method.own_parts)
+    balancer.backward([batch_of(collator, 0, range(BATCH))], 0)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shared = {n for n in trained if ".shared." in n and ".lora_" in n} | {n for n in trained if ".layer_norm" in n}
+    shared = {name for name in shared if "task_heads" not in name}
+    assert weighting.numbers == sum(trained[name].numel() for name in shared)
+    moved = {name for name, parameter in trained.items() if parameter.grad is not None and parameter.grad.any()}
+    assert not moved & shared
+    for task in TASKS:
+        assert any(f"own_{task}" in name.split(".") and "lora_B" in name for name in moved)
+        assert any(f"task_heads.{task}." in name for name in moved)
+
+
+def test_a_weighting_of_gradients_needs_shared_parameters(accelerator, sam_folder):
+    model = METHODS["heads"].add(MSamModel.from_pretrained(sam_folder, tasks=TASKS), AdapterArguments(method="heads"))
+    with pytest.raises(ValueError, match="tasks share no parameter that is trained"):
+        Balancer(accelerator, model, make_collator(model).tasks, make_weighting("db-mtl", list(TASKS)))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "uncertainty", "db-mtl", "famo", "pcgrad"])

@@ -181,6 +181,15 @@ def test_places_of_different_formats_are_one_data_set(folders, tmp_path):
             sources.open_split(sources.DataArguments(**places, data_format=formats), "train", [DEPTH], 64)
 
 
+def test_a_task_alone_is_trained_on_the_images_of_all_places(folders):
+    """As a method with a run for each task does, whose places need not have labels of it."""
+    args = sources.DataArguments(data_root=folders[0], mix=[folders[1]], allow_unlabelled=True)
+    dataset = sources.open_split(args, "train", [DEPTH], 64)
+    assert len(dataset) == 16
+    assert not DEPTH.has_label(dataset[0]["labels"]["depth"]).any()
+    assert DEPTH.has_label(dataset[4]["labels"]["depth"]).any()
+
+
 def test_places_are_named_once(folders):
     args = sources.DataArguments(data_root=folders[0], mix=[folders[1], folders[0]])
     with pytest.raises(ValueError, match=f"name {folders[0]} twice"):

@@ -471,6 +471,23 @@ def test_two_processes_stop_together_if_one_is_asked_to(small, tmp_path):
     assert checkpoint.find_checkpoint(tmp_path, "latest").name == f"checkpoint-{stopped}"
 
 
+def test_a_run_with_workers_saves_when_all_its_processes_are_asked_to_stop(small, tmp_path):
+    """A scheduler of jobs sends SIGTERM to the group."""
+    process = start(
+        PYTHON, TRAIN, *small, "--num_train_epochs", 99, "--dataloader_num_workers", 1, "--output_dir", tmp_path
+    )
+    try:
+        while not (tmp_path / "checkpoint-9").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+    finally:
+        code, output = finish(process)
+    assert code == 143, output
+    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    assert checkpoint.find_checkpoint(tmp_path, "latest").name == f"checkpoint-{stopped}"
+
+
 def test_every_configuration_of_accelerate_is_one():
     files = sorted((RECIPES / "accelerate").glob("*.yaml"))
     assert {file.stem: load_config_from_file(str(file)).num_processes for file in files} == {
