@@ -27,9 +27,11 @@ def evaluate(
     order: TaskOrder = "sequential",
     activate: Activate = keep_active,
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """All metrics and losses of all tasks over a data set, pooled over its labelled pixels.
+    """All metrics and losses of all tasks over a data set.
 
-    Every process takes its share of the images and the counts are added, so each image counts once. All processes
+    Metrics are pooled over its labelled pixels: every process takes its share of the images and the counts are added,
+    so each image counts once. Losses are means of those of the batches, by their labelled pixels; that of edges, or of
+    saliency of one channel, balances each batch by itself, so it depends on which images make a batch. All processes
     make as many passes, as a model that is split over them demands.
 
     Args:

@@ -173,9 +173,10 @@ class EdgesMetric(Metric):
 
     P is the share of pixels at or above the threshold that have a labelled edge pixel near, R the share of labelled
     edge pixels that have a pixel at or above the threshold near. Near means in the square of 2·radius + 1 pixels
-    around it, where radius is `tolerance` times the diagonal of the labels, rounded, and at least 1. Unlabelled pixels
-    neither count nor match. Without a labelled edge pixel ods_f is NaN. The MATLAB code of the BSDS benchmark thins
-    the prediction and pairs pixels one to one; neither is done here: figures cannot be compared with those it gives.
+    around it, where radius is `tolerance` times the diagonal of the labels, rounded, and at least 1; images of several
+    sizes in one batch are padded to the largest, whose diagonal it is. Unlabelled pixels neither count nor match.
+    Without a labelled edge pixel ods_f is NaN. The MATLAB code of the BSDS benchmark thins the prediction and pairs
+    pixels one to one; neither is done here: figures cannot be compared with those it gives.
     """
 
     higher_is_better = {"ods_f": True, "loss": False}

@@ -37,6 +37,22 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
     plugin.mixed_precision_policy = None
 
 
+def set_up_deepspeed(accelerator: Accelerator, max_grad_norm: float, resumed_from: str | None) -> None:
+    """Have DeepSpeed, which takes the steps itself, clip gradients to a norm; does nothing where it is not used.
+
+    Raises:
+        ValueError: For mixed precision, which it takes for all numbers that the model has and gets, and for a
+            checkpoint to go on from: it would be unpickled.
+    """
+    if accelerator.distributed_type is not DistributedType.DEEPSPEED:
+        return
+    if accelerator.mixed_precision != "no":
+        raise ValueError(f"mixed precision is {accelerator.mixed_precision!r}; with DeepSpeed allowed: 'no'.")
+    if resumed_from is not None:
+        raise ValueError(f"`resume_from_checkpoint` is {resumed_from!r}; checkpoints of DeepSpeed are pickled.")
+    accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+
+
 def split_by(accelerator: Accelerator) -> str | None:
     """What leaves each process a part of the parameters, their gradients or optimiser states; None if nothing does."""
     kind = accelerator.distributed_type

@@ -32,7 +32,7 @@ from peft_talora.fitting import find_batch_size
 from peft_talora.methods import AdapterArguments, Method, find_method
 from peft_talora.observation import ObservationArguments, Observer, check_observation
 from peft_talora.plotting import draw_predictions
-from peft_talora.sharding import is_split, refuse_split, set_up_fsdp, split_by
+from peft_talora.sharding import is_split, refuse_split, set_up_deepspeed, set_up_fsdp, split_by
 from peft_talora.stopping import STOPPED, StopSignal
 from peft_talora.weighting import LOSS_WEIGHTINGS, WEIGHTINGS, Weighting, make_weighting
 
@@ -341,14 +341,15 @@ def build(args: TrainArguments, stop: StopSignal) -> Run:
     loader = sources.make_loader(args, args.seed, train_set, collator, at_a_time, sampler)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    total_steps = len(loader) // args.gradient_accumulation_steps * args.num_train_epochs
+    total_steps = len(loader) // at_a_time * args.num_train_epochs
     # An accelerated scheduler takes one step per process.
     scheduler = transformers.get_linear_schedule_with_warmup(
         optimizer,
         num_warmup_steps=round(args.warmup_ratio * total_steps) * accelerator.num_processes,
         num_training_steps=total_steps * accelerator.num_processes,
     )
+    # At once: DeepSpeed does not know of a scheduler that comes later.
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     balancers = make_balancers(args, method, accelerator, model, collator.tasks, weights, passes)
     accelerator.register_save_state_pre_hook(checkpoint.save_adapter_only)
     accelerator.register_load_state_pre_hook(checkpoint.load_adapter_only)
@@ -363,7 +364,7 @@ def build(args: TrainArguments, stop: StopSignal) -> Run:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        scheduler=accelerator.prepare(scheduler),
+        scheduler=scheduler,
         loader=loader,
         sampler=sampler,
         train_set=train_set,
@@ -466,6 +467,7 @@ def launch(args: TrainArguments, method: Method) -> tuple[Accelerator, engine.Ta
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
     )
     set_up_fsdp(accelerator)
+    set_up_deepspeed(accelerator, args.max_grad_norm, args.resume_from_checkpoint)
     if args.cosine_steps is not None:
         refuse_split(accelerator, "`cosine_steps`")
     wanted = args.task_order

@@ -17,9 +17,10 @@ from accelerate.utils import DistributedType
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 if __name__ == "__main__":
-    settings = yaml.safe_load((RECIPES / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]
+    settings = yaml.safe_load((RECIPES / "accelerate" / "fsdp.yaml").read_text())
     # As `accelerate launch` hands them on.
-    os.environ.update({name.upper(): str(value) for name, value in settings.items()}, ACCELERATE_USE_FSDP="true")
+    os.environ.update({name.upper(): str(value) for name, value in settings["fsdp_config"].items()})
+    os.environ.update(ACCELERATE_USE_FSDP="true", ACCELERATE_MIXED_PRECISION=settings["mixed_precision"])
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     runpy.run_path(str(RECIPES / "train.py"), run_name="__main__")

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from test_recipes import SMALL, TRAIN, load_recipe, read_results, run
 
 import peft_talora
-from peft_talora.sharding import is_split, refuse_split, set_up_fsdp, taking_whole, whole_state
+from peft_talora.sharding import is_split, refuse_split, set_up_deepspeed, set_up_fsdp, taking_whole, whole_state
 
 CASES = Path(__file__).parent / "fsdp_cases.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -33,8 +34,10 @@ def split(sam_folder, tmp_path_factory):
 
 @pytest.fixture
 def train_whole(sam_folder, tmp_path, monkeypatch):
-    """Runs the same steps in this process."""
+    """Runs the same steps in this process, in the precision of the configuration."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
     def train(*flags):
         whole = [
@@ -48,7 +51,8 @@ def train_whole(sam_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [TRAIN, *map(str, ["--base", sam_folder, *FLAGS, *whole, *flags])])
         load_recipe(TRAIN).main()
 
-    return train
+    yield train
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_split_model_learns_what_a_whole_one_does(split, train_whole, tmp_path):
@@ -102,6 +106,19 @@ def test_fsdp_must_be_the_second_and_without_pickles(settings, message):
         return
     with pytest.raises(ValueError, match=message):
         set_up_fsdp(accelerator)
+
+
+def test_deepspeed_clips_as_it_is_told_and_keeps_to_float32():
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": "auto"})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, mixed_precision="no", state=state)
+    set_up_deepspeed(accelerator, 0.5, None)
+    assert plugin.deepspeed_config == {"gradient_clipping": 0.5}
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is 'latest'; checkpoints of DeepSpeed are pickled"):
+        set_up_deepspeed(accelerator, 0.5, "latest")
+    accelerator.mixed_precision = "bf16"
+    with pytest.raises(ValueError, match="mixed precision is 'bf16'; with DeepSpeed allowed: 'no'"):
+        set_up_deepspeed(accelerator, 0.5, None)
 
 
 def test_what_needs_the_whole_model_is_refused_by_name():
