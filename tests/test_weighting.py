@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_talora.weighting import (
     AGGREGATORS,
@@ -278,3 +279,13 @@ def test_without_torchjd_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchjd.aggregation", None)
     with pytest.raises(ImportError, match=r"pip install 'peft_talora\[balancing\]'"):
         make_weighting("pcgrad", TASKS)
+
+
+@pytest.mark.parametrize("kind", ["gls", "famo", "gradnorm"])
+def test_gradients_may_be_on_an_accelerator(kind):
+    """Losses and what is learnt are on the CPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weighting = make_weighting(kind, TASKS)
+        labelled_S = torch.tensor([0, 1])
+        gradient_N, own_S = weighting.combine(LOSSES.clone(), torch.ones(2, 5, device="cuda"), labelled_S, 0)
+    assert (gradient_N.device.type, own_S.device.type) == ("cuda", "cpu")
