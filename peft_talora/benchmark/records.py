@@ -34,8 +34,10 @@ LATER_ARGUMENTS = {
     "streaming": False,
     "max_train_samples": None,
     "max_eval_samples": None,
+    "per_device_eval_batch_size": 8,
 }
-"""What older records do not say: arguments that train.py did not have yet, with the value that does what it did."""
+"""What older records do not say: arguments that train.py did not have yet, or did not count among those that decide a
+run's course, with the value that does what it did."""
 
 
 @dataclass(frozen=True)
