@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, find_executable_batch_size
+from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 
 from .engine import fork_random
+from .sharding import split_by
 
 
 def find_batch_size(accelerator: Accelerator, batch_size: int, attempt: Callable[[int], None]) -> int:
@@ -26,7 +27,7 @@ def find_batch_size(accelerator: Accelerator, batch_size: int, attempt: Callable
     Raises:
         RuntimeError: If not even one image fits.
     """
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if split_by(accelerator) is not None:
         return batch_size
     smaller = iter([size for size in range(batch_size - 1, 0, -1) if batch_size % size == 0])
 

@@ -389,7 +389,7 @@ def fit(
     model.to(accelerator.device).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # What else a step holds of them: the moments of AdamW, and a row of gradients for each task and their sum.
-    copies = 2 if args.weighting in PLAIN or args.weighting in LOSS_WEIGHTINGS else 3 + len(collator.tasks)
+    copies = 2 if args.weighting in LOSS_WEIGHTINGS else 3 + len(collator.tasks)
 
     def attempt(size: int) -> None:
         batch = send_to_device(collator(list(islice(train_set, size))), accelerator.device)

@@ -100,6 +100,7 @@ def test_what_is_not_allowed_is_named_with_row_and_column(task, value, words):
         ({"classes": {"1": 0}}, "allowed: ids that are whole numbers"),
         ({"classes": (1,)}, "classes of the column 'a'.*a mapping from id to id"),
         ({"threshold": "half"}, "threshold of the column 'a': 'half'"),
+        ({"threshold": 0.5, "classes": {1: 0}}, "threshold and classes of the column 'a': 0.5, .*one of them"),
         ({"inverse": 1}, "inverse of the column 'a': 1; allowed: true or false"),
     ],
 )

@@ -43,7 +43,7 @@ ALLOWED = {
         "small_sam",
         "tasks",
     },
-    "fitting": {"engine"},
+    "fitting": {"engine", "sharding"},
     "observation": {"balancing", "checkpoint", "files", "results"},
     "stopping": set(),
     "sharding": set(),

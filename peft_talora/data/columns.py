@@ -71,6 +71,7 @@ class Column:
             ("classes", self.classes is None or isinstance(self.classes, Mapping), "a mapping from id to id"),
             ("ignored and classes", all(type(number) is int for number in ids), "ids that are whole numbers"),
             ("threshold", self.threshold is None or _is_number(self.threshold), "a number"),
+            ("threshold and classes", self.threshold is None or self.classes is None, "one of them"),
             ("signs", len(self.signs) == 3 and all(sign in (1, -1) for sign in self.signs), "three of 1 and -1"),
             ("inverse", isinstance(self.inverse, bool), "true or false"),
         ):
